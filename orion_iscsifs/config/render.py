@@ -1,0 +1,63 @@
+"""A `MountConfig` as the TOML of `.orion/config.toml`: effective values, secrets as `***`."""
+
+from orion_iscsifs.config.settings import ChapCredentials, MountConfig
+
+_HIDDEN = "***"
+
+
+def to_toml(config: MountConfig, source: str) -> str:
+    """The words of INTERFACE §5, one a line. `source` is the redacted URL."""
+    lines = [f"# effective settings of {source}".replace("\n", " ")]
+    lines += [f"{word} = {_toml(value)}" for word, value in _words(config)]
+    return "\n".join(lines) + "\n"
+
+
+def _words(config: MountConfig) -> list[tuple[str, object]]:
+    session, cache, fuse = config.session, config.cache, config.fuse
+    words: list[tuple[str, object]] = [
+        ("ro", fuse.read_only),
+        ("allow_other", fuse.allow_other),
+        *([] if fuse.uid is None else [("uid", fuse.uid)]),
+        *([] if fuse.gid is None else [("gid", fuse.gid)]),
+        ("mode", f"{fuse.mode:04o}"),
+        ("hide_control", fuse.hide_control),
+        ("initiator_name", session.initiator_name),
+        *_credentials("chap", session.auth.initiator),
+        *_credentials("mutual", session.auth.target),
+        ("chap_algs", "+".join(_algorithm(a.name) for a in session.auth.algorithms)),
+        ("header_digest", str(session.header_digest)),
+        ("data_digest", str(session.data_digest)),
+        ("connections", 1),
+        ("erl", 0),
+        ("queue_depth", "auto" if session.queue_depth is None else session.queue_depth),
+        ("cache", str(cache.mode)),
+        ("cache_size", cache.size_bytes),
+        ("dirty_max", cache.dirty_max_bytes),
+        ("dirty_age", cache.dirty_age_s),
+        ("readahead", cache.readahead),
+        ("replacement_timeout", session.replacement_timeout_s),
+        ("login_timeout", session.login_timeout_s),
+        ("noop_interval", session.noop_interval_s),
+        ("noop_timeout", session.noop_timeout_s),
+        ("command_timeout", session.command_timeout_s),
+    ]
+    return words
+
+
+def _credentials(direction: str, credentials: ChapCredentials | None) -> list[tuple[str, object]]:
+    if credentials is None:
+        return []
+    return [(f"{direction}_user", credentials.user), (f"{direction}_secret", _HIDDEN)]
+
+
+def _algorithm(name: str) -> str:
+    return {"SHA3_256": "sha3-256"}.get(name, name.lower())
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'

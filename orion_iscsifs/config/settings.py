@@ -1,0 +1,123 @@
+"""The settings themselves: typed, frozen, checked once, then passed explicitly.
+
+The words are those of INTERFACE §5: an `-o` option, a TOML key and a URL query key are the same
+word. `SessionConfig` is what the initiator needs, `CacheConfig` the cache, `FuseConfig` the file
+system; `MountConfig` joins them.
+"""
+
+import enum
+from typing import Literal
+
+import msgspec
+
+
+class Secret(str):
+    """A string that never shows itself: repr() and format() give `***`; `reveal()` the text."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+    def __format__(self, _spec: str) -> str:
+        return "***"
+
+    def reveal(self) -> str:
+        return str.__str__(self)
+
+
+class ChapAlgorithm(enum.IntEnum):
+    """CHAP_A values (RFC 7143 §12.1.3 and IANA's PPP authentication algorithms)."""
+
+    MD5 = 5
+    SHA1 = 6
+    SHA256 = 7
+    SHA3_256 = 8
+
+
+class DigestPreference(enum.StrEnum):
+    """What to offer for HeaderDigest or DataDigest, first choice first (RFC 7143 §13.1)."""
+
+    CRC32C = "crc32c"
+    NONE = "none"
+    PREFER_CRC32C = "prefer-crc32c"
+    PREFER_NONE = "prefer-none"
+
+
+class CacheMode(enum.StrEnum):
+    NONE = "none"
+    WRITETHROUGH = "writethrough"
+    WRITEBACK = "writeback"
+
+
+class ChapCredentials(msgspec.Struct, frozen=True, kw_only=True):
+    """Name and secret of one direction (RFC 7143 §12.1.3)."""
+
+    user: str
+    secret: Secret
+
+
+class AuthConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`initiator` proves who we are, `target` (mutual CHAP) who the target is."""
+
+    initiator: ChapCredentials | None = None
+    target: ChapCredentials | None = None
+    algorithms: tuple[ChapAlgorithm, ...] = (ChapAlgorithm.MD5,)
+    """In the order of preference."""
+
+
+class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One session: who we are, what we offer, how long we wait. Times in seconds."""
+
+    initiator_name: str
+    auth: AuthConfig = AuthConfig()
+    header_digest: DigestPreference = DigestPreference.PREFER_NONE
+    data_digest: DigestPreference = DigestPreference.PREFER_NONE
+    queue_depth: int | None = None
+    """Commands in flight per LUN; None: by the target's command window."""
+    replacement_timeout_s: float = 120.0
+    """How long I/O is held while no path works; 0: fail at once; negative: for ever."""
+    login_timeout_s: float = 15.0
+    noop_interval_s: float = 5.0
+    noop_timeout_s: float = 5.0
+    command_timeout_s: float = 30.0
+
+    # What we offer; the outcome is in `protocol.keys.Parameters`.
+    initial_r2t: bool = False
+    immediate_data: bool = True
+    max_recv_data_segment_length_bytes: int = 1 << 20
+    max_burst_length_bytes: int = 1 << 20
+    first_burst_length_bytes: int = 1 << 18
+    max_outstanding_r2t: int = 8
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The RAM block cache. Sizes in bytes, times in seconds."""
+
+    mode: CacheMode = CacheMode.WRITEBACK
+    size_bytes: int = 256 << 20
+    dirty_max_bytes: int = 128 << 20
+    dirty_age_s: float = 5.0
+    readahead: Literal["auto", "off"] | int = "auto"
+    """`auto`, `off`, or the largest window in bytes."""
+
+
+class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the file system appears."""
+
+    read_only: bool = False
+    allow_other: bool = False
+    uid: int | None = None
+    gid: int | None = None
+    mode: int = 0o600
+    hide_control: bool = False
+
+
+class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one mount needs besides its source and its mount point."""
+
+    session: SessionConfig
+    cache: CacheConfig = CacheConfig()
+    fuse: FuseConfig = FuseConfig()

@@ -1,0 +1,131 @@
+"""SCSI commands to one logical unit, with the retries that their statuses call for.
+
+`scsi.verdict.judge` says what a status and its sense mean; this file holds the budgets: how often
+a condition may be reported before the command fails, and how long a busy device is waited for.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from orion_iscsifs.errors import DeviceError, ProtocolViolation
+from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.initiator.task import Task
+from orion_iscsifs.scsi import verdict
+from orion_iscsifs.scsi.lun import encode_lun
+from orion_iscsifs.scsi.sense import SenseData, decode_sense
+from orion_iscsifs.scsi.verdict import Action
+
+log = logging.getLogger(__name__)
+
+_RETRIES_MAX: Final = 8
+"""Conditions that clear by being reported (unit attentions, aborted commands)."""
+_BUSY_PAUSE_FIRST_S: Final = 0.05
+_BUSY_PAUSE_MAX_S: Final = 2.0
+SYNCHRONIZE_PATIENCE: Final = 4.0
+"""SYNCHRONIZE CACHE may have to write a whole cache: so many times `command_timeout`."""
+
+
+async def _nothing() -> None:
+    """What to do about changed limits while the device is not open yet."""
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left of one command's second chances."""
+
+    retries: int = _RETRIES_MAX
+    pause_s: float = _BUSY_PAUSE_FIRST_S
+    busy_until: float | None = None
+
+
+class LogicalUnit:
+    """One LUN of a session, addressed command by command."""
+
+    def __init__(self, session: Session, number: int) -> None:
+        self.session = session
+        self.number = number
+        self._lun = encode_lun(number)
+        self.reread_limits: Callable[[], Awaitable[None]] = _nothing
+        """Awaited when the device says that its capacity or mode changed."""
+
+    async def read(self, what: str, cdb: bytes, target: memoryview) -> int:
+        """A command that returns data; how many bytes came. `what` names it in errors."""
+        task = await self.run(what, Task(self._lun, cdb, read_into=target))
+        return task.read.received_bytes if task.read is not None else 0
+
+    async def read_exactly(self, what: str, cdb: bytes, target: memoryview) -> None:
+        """As `read`; fewer bytes than asked for are the target's fault."""
+        task = Task(self._lun, cdb, read_into=target)
+        await self.session.execute(task)
+        if task.status:
+            task = await self._again(what, task)
+        assert task.read is not None
+        if task.read.received_bytes != len(target):
+            raise ProtocolViolation(
+                what,
+                f"{task.read.received_bytes} of {len(target)} bytes came with status GOOD",
+                section="11.4.5",
+            )
+
+    async def write(self, what: str, cdb: bytes, source: memoryview) -> None:
+        """A command that sends data."""
+        task = Task(self._lun, cdb, write_from=source)
+        await self.session.execute(task)
+        if task.status:
+            task = await self._again(what, task)
+        if task.residual_bytes:
+            raise ProtocolViolation(
+                what,
+                f"residual {task.residual_bytes} of {len(source)} bytes with status GOOD",
+                section="11.4.5",
+            )
+
+    async def command(self, what: str, cdb: bytes, *, patience: float = 1.0) -> None:
+        """A command without data."""
+        await self.run(what, Task(self._lun, cdb, patience=patience))
+
+    async def run(self, what: str, task: Task) -> Task:
+        """Carry a task out until it succeeds (the one that did) or raise a DeviceError."""
+        await self.session.execute(task)
+        return await self._again(what, task) if task.status else task
+
+    async def _again(self, what: str, task: Task) -> Task:
+        """`task` ended with a status other than GOOD: do what that status asks for."""
+        budget = _Budget()
+        while task.status:
+            sense = decode_sense(task.sense) if task.sense else None
+            action = verdict.judge(task.status, sense)
+            if action is Action.DONE:
+                break
+            if action is Action.FAIL:
+                raise self._failure(what, task, sense)
+            log.info("%s: %s", what, verdict.error(what, task.status, sense))
+            await self._prepare_retry(action, budget, what, task, sense)
+            task = task.again()
+            await self.session.execute(task)
+        return task
+
+    async def _prepare_retry(
+        self, action: Action, budget: _Budget, what: str, task: Task, sense: SenseData | None
+    ) -> None:
+        if action is Action.RETRY_AFTER_DELAY:
+            now = trio.current_time()
+            if budget.busy_until is None:
+                budget.busy_until = now + self.session.nexus.config.command_timeout_s
+            if now >= budget.busy_until:
+                raise self._failure(what, task, sense)
+            await trio.sleep(budget.pause_s)
+            budget.pause_s = min(2 * budget.pause_s, _BUSY_PAUSE_MAX_S)
+            return
+        budget.retries -= 1
+        if budget.retries < 0:
+            raise self._failure(what, task, sense)
+        if action is Action.REREAD_CAPACITY:
+            await self.reread_limits()
+
+    def _failure(self, what: str, task: Task, sense: SenseData | None) -> DeviceError:
+        return verdict.error(f"LUN {self.number}: {what}", task.status, sense)

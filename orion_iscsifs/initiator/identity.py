@@ -1,0 +1,101 @@
+"""Who we are towards a target: the initiator name and the ISID, both kept across restarts.
+
+The pair (InitiatorName, ISID) names the initiator port. A new login with the same pair and TSIH 0
+replaces the session that a crash has left behind (session reinstatement, RFC 7143 §6.3.5), so both
+must survive a restart; and two live sessions to one target portal group must not share an ISID
+(the ISID rule, §4.4.3). So each host keeps 24 random bits, and each session to a target takes the
+lowest qualifier (the last 16 bits of the ISID, §11.12.5) whose lock file nobody holds: after a
+crash the same mount finds the same ISID again.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from orion_iscsifs.errors import BusyError, UsageError
+
+SYSTEM_NAME_FILE: Final = Path("/etc/iscsi/initiatorname.iscsi")
+_SESSIONS_MAX: Final = 256
+_TYPE_RANDOM: Final = 0x80
+"""T = 10b: the ISID's middle is a random number (§11.12.5)."""
+
+
+def load_initiator_name(state_dir: Path, system_file: Path = SYSTEM_NAME_FILE) -> str:
+    """The host's initiator name: open-iscsi's if there is one, else one made once and kept."""
+    for path in (system_file, state_dir / "initiatorname.iscsi"):
+        name = _read_name(path)
+        if name is not None:
+            return name
+    label = re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower()) or "host"
+    name = f"iqn.2026-11.org.orion-iscsifs:{label[:60]}-{secrets.token_hex(6)}"
+    _keep(state_dir / "initiatorname.iscsi", f"InitiatorName={name}\n")
+    return name
+
+
+def _read_name(path: Path) -> str | None:
+    try:
+        text = path.read_text()
+    except OSError:
+        return None
+    found = re.search(r"^\s*InitiatorName\s*=\s*(\S+)\s*$", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write a small file as a whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"state directory {path.parent}: {error.strerror}",
+            advice="set ORION_ISCSIFS_STATE to a directory that can be written",
+        ) from None
+
+
+def _host_bits(state_dir: Path) -> bytes:
+    """The 3 random bytes of this host's ISIDs, made once."""
+    path = state_dir / "isid"
+    try:
+        kept = bytes.fromhex(path.read_text().strip())
+    except (OSError, ValueError):
+        kept = b""
+    if len(kept) != 3:
+        kept = secrets.token_bytes(3)
+        _keep(path, kept.hex() + "\n")
+    return kept
+
+
+@contextmanager
+def hold_isid(state_dir: Path, target_name: str) -> Iterator[bytes]:
+    """An ISID (6 bytes) that no other live session of this host to the target uses.
+
+    It is free again when the context ends or the process dies. Raises BusyError when all
+    qualifiers are taken, UsageError when the state directory can't be written.
+    """
+    bits = _host_bits(state_dir)
+    stem = hashlib.sha256(target_name.encode()).hexdigest()[:16]
+    locks = state_dir / "sessions"
+    locks.mkdir(exist_ok=True, mode=0o700)
+    for qualifier in range(_SESSIONS_MAX):
+        lock = os.open(locks / f"{stem}-{qualifier}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        try:
+            yield bytes((_TYPE_RANDOM,)) + bits + qualifier.to_bytes(2, "big")
+        finally:
+            os.close(lock)
+        return
+    raise BusyError(f"{target_name}: this host has {_SESSIONS_MAX} sessions to it already")

@@ -1,0 +1,121 @@
+"""A LUN as a BlockDevice: byte ranges become READ, WRITE, SYNCHRONIZE CACHE and UNMAP."""
+
+import logging
+from typing import Final, Self
+
+from orion_iscsifs.block.device import Buffer, Geometry, GeometryListener, check_request
+from orion_iscsifs.errors import NotSupported, WriteProtected
+from orion_iscsifs.initiator.commands import SYNCHRONIZE_PATIENCE, LogicalUnit
+from orion_iscsifs.initiator.probe import LunInfo, probe
+from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.scsi import cdb
+from orion_iscsifs.scsi.provisioning import encode_unmap
+
+log = logging.getLogger(__name__)
+
+_ZERO_BYTES_MAX: Final = 1 << 20
+_UNMAP_BLOCKS_MAX: Final = 1 << 22
+"""Our own limit for one UNMAP when the device states none."""
+
+
+class LunDevice:
+    """One disk of a target. See `block.device.BlockDevice` for the promises."""
+
+    def __init__(self, unit: LogicalUnit, info: LunInfo, *, read_only: bool) -> None:
+        self._unit = unit
+        self._read_only = read_only
+        self._listeners: list[GeometryListener] = []
+        self._synchronizes = True
+        self._take(info)
+        unit.reread_limits = self._reread
+
+    @classmethod
+    async def open(cls, session: Session, number: int, *, read_only: bool) -> Self:
+        """Probe the LUN. Raises LunNotFound, NotADisk, or another DeviceError."""
+        unit = LogicalUnit(session, number)
+        return cls(unit, await probe(unit), read_only=read_only)
+
+    def _take(self, info: LunInfo) -> None:
+        self.info = info
+        self._geometry = info.geometry(read_only=self._read_only)
+        self._shift = info.capacity.block_bytes.bit_length() - 1
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    def on_geometry_change(self, listener: GeometryListener) -> None:
+        self._listeners.append(listener)
+
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        length = len(target)
+        check_request(self._geometry, offset, length)
+        step = self._geometry.transfer_bytes_max
+        shift = self._shift
+        if 0 < length <= step:
+            command = cdb.read(offset >> shift, length >> shift)
+            await self._unit.read_exactly("READ", command, target)
+            return
+        for start in range(0, length, step):
+            part = target[start : start + step]
+            command = cdb.read((offset + start) >> shift, len(part) >> shift)
+            await self._unit.read_exactly("READ", command, part)
+
+    async def write(self, offset: int, source: Buffer, *, fua: bool = False) -> None:
+        data = memoryview(source)
+        self._check_write(offset, len(data))
+        fua = fua and self._geometry.write_cache
+        step = self._geometry.transfer_bytes_max
+        shift = self._shift
+        bit = fua and self.info.mode.dpofua
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            command = cdb.write((offset + start) >> shift, len(part) >> shift, fua=bit)
+            await self._unit.write("WRITE", command, part)
+        if fua and not bit:
+            await self.flush()
+
+    async def flush(self) -> None:
+        if not self._geometry.write_cache or not self._synchronizes or self._geometry.read_only:
+            return
+        try:
+            await self._unit.command(
+                "SYNCHRONIZE CACHE", cdb.synchronize_cache(), patience=SYNCHRONIZE_PATIENCE
+            )
+        except NotSupported:
+            # No such command means no volatile cache to write out (SBC-4 §4.15).
+            log.info("LUN %d has no SYNCHRONIZE CACHE: taken as having no cache", self._unit.number)
+            self._synchronizes = False
+
+    async def discard(self, offset: int, length: int) -> None:
+        self._check_write(offset, length)
+        granularity = self._geometry.discard_granularity_bytes
+        if not granularity:
+            return
+        start = -(-offset // granularity) * granularity >> self._shift
+        end = (offset + length) // granularity * granularity >> self._shift
+        step = min(self.info.limits.unmap_blocks_max or _UNMAP_BLOCKS_MAX, _UNMAP_BLOCKS_MAX)
+        for lba in range(start, end, step):
+            parameters = encode_unmap([(lba, min(step, end - lba))])
+            await self._unit.write("UNMAP", cdb.unmap(len(parameters)), memoryview(parameters))
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
+        self._check_write(offset, length)
+        zeroes = memoryview(bytes(min(length, _ZERO_BYTES_MAX)))
+        for start in range(0, length, _ZERO_BYTES_MAX):
+            part = zeroes[: length - start]
+            await self.write(offset + start, part)
+
+    def _check_write(self, offset: int, length: int) -> None:
+        if self._geometry.read_only:
+            raise WriteProtected(f"LUN {self._unit.number} is read-only")
+        check_request(self._geometry, offset, length)
+
+    async def _reread(self) -> None:
+        """The device reported a change (2A/01, 2A/09, ...): take its new size and limits."""
+        before = self._geometry
+        self._take(await probe(LogicalUnit(self._unit.session, self._unit.number)))
+        if self._geometry != before:
+            log.warning("LUN %d changed: %s", self._unit.number, self._geometry)
+            for listener in self._listeners:
+                listener(self._geometry)

@@ -1,0 +1,148 @@
+"""What a logical unit is and what it can do: asked once at mount, again when it says so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from orion_iscsifs.block.device import Geometry
+from orion_iscsifs.errors import DeviceError, LunNotFound, NotADisk
+from orion_iscsifs.initiator.commands import LogicalUnit
+from orion_iscsifs.scsi import cdb, inquiry, mode
+from orion_iscsifs.scsi.capacity import Capacity, decode_capacity_10, decode_capacity_16
+from orion_iscsifs.scsi.inquiry import BlockLimits, Provisioning, StandardInquiry, VpdPage
+from orion_iscsifs.scsi.lun import decode_report_luns, report_luns_length
+from orion_iscsifs.scsi.mode import ModeParameters
+
+TRANSFER_BYTES_MAX: Final = 1 << 20
+"""Our own limit for one READ or WRITE when the device states none or a larger one."""
+_ALLOCATION_BYTES: Final = 252
+_REPORT_LUNS_BYTES: Final = 8 + 256 * 8
+_QUALIFIER_ABSENT: Final = inquiry.QUALIFIER_NOT_CAPABLE
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LunInfo:
+    """A disk, as it describes itself."""
+
+    identity: StandardInquiry
+    capacity: Capacity
+    mode: ModeParameters
+    limits: BlockLimits
+    provisioning: Provisioning
+
+    @property
+    def transfer_bytes_max(self) -> int:
+        """Longest READ or WRITE: the device's limit, or ours."""
+        stated = self.limits.transfer_blocks_max * self.capacity.block_bytes
+        return min(stated or TRANSFER_BYTES_MAX, TRANSFER_BYTES_MAX)
+
+    @property
+    def can_unmap(self) -> bool:
+        return self.capacity.provisioning and self.provisioning.unmap
+
+    def geometry(self, *, read_only: bool) -> Geometry:
+        block = self.capacity.block_bytes
+        optimal = self.limits.optimal_transfer_blocks * block
+        granularity = max(self.limits.optimal_unmap_granularity, 1) * block
+        return Geometry(
+            size_bytes=self.capacity.size_bytes,
+            logical_block_bytes=block,
+            physical_block_bytes=self.capacity.physical_block_bytes,
+            optimal_transfer_bytes=min(optimal or TRANSFER_BYTES_MAX, self.transfer_bytes_max),
+            transfer_bytes_max=self.transfer_bytes_max,
+            discard_granularity_bytes=granularity if self.can_unmap else 0,
+            read_only=read_only or self.mode.write_protected or self.mode.software_write_protect,
+            write_cache=self.mode.write_cache,
+        )
+
+
+async def report_luns(unit: LogicalUnit) -> list[int]:
+    """The numbers of all logical units of the target (SPC-4 §6.33), in its order."""
+    size = _REPORT_LUNS_BYTES
+    while True:
+        data = await _ask(unit, "REPORT LUNS", cdb.report_luns(size), size)
+        needed = report_luns_length(data) + 8
+        if needed <= size:
+            return decode_report_luns(data)
+        size = needed
+
+
+async def probe(unit: LogicalUnit) -> LunInfo:
+    """Everything about the unit; raises LunNotFound, NotADisk, or a command's DeviceError."""
+    identity = inquiry.decode_inquiry(await _ask(unit, "INQUIRY", cdb.inquiry()))
+    if identity.qualifier == _QUALIFIER_ABSENT:
+        raise LunNotFound(
+            f"LUN {unit.number}: the target has no such LUN",
+            advice="mount the target without a LUN to see all of its disks",
+        )
+    if not identity.is_disk:
+        raise NotADisk(
+            f"LUN {unit.number}: not a disk (peripheral device type {identity.device_type:#04x})",
+            advice="mount another LUN, or the target without one to see its disks",
+        )
+    await unit.command("TEST UNIT READY", cdb.test_unit_ready())
+    pages = await _optional(
+        unit, VpdPage.SUPPORTED, inquiry.decode_supported_pages, frozenset[int]()
+    )
+    limits = BlockLimits()
+    if VpdPage.BLOCK_LIMITS in pages:
+        limits = await _optional(unit, VpdPage.BLOCK_LIMITS, inquiry.decode_block_limits, limits)
+    provisioning = Provisioning()
+    if VpdPage.LOGICAL_BLOCK_PROVISIONING in pages:
+        provisioning = await _optional(
+            unit,
+            VpdPage.LOGICAL_BLOCK_PROVISIONING,
+            inquiry.decode_provisioning,
+            provisioning,
+        )
+    return LunInfo(
+        identity=identity,
+        capacity=await read_capacity(unit),
+        mode=await _mode(unit),
+        limits=limits,
+        provisioning=provisioning,
+    )
+
+
+async def read_capacity(unit: LogicalUnit) -> Capacity:
+    """READ CAPACITY(16); devices that do not know it get READ CAPACITY(10)."""
+    try:
+        data = await _ask(unit, "READ CAPACITY(16)", cdb.read_capacity_16(), 32)
+        return decode_capacity_16(data)
+    except DeviceError as refused:
+        data = await _ask(unit, "READ CAPACITY(10)", cdb.read_capacity_10(), 8)
+        capacity = decode_capacity_10(data)
+        if capacity is None:
+            raise refused from None
+        return capacity
+
+
+async def _mode(unit: LogicalUnit) -> ModeParameters:
+    """The caching page and write protection; a device that hides them gets cautious defaults."""
+    command = cdb.mode_sense_6(mode.ALL_PAGES)
+    try:
+        return mode.decode_mode_sense_6(await _ask(unit, "MODE SENSE(6)", command, 255))
+    except DeviceError:
+        return ModeParameters()
+
+
+async def _optional(
+    unit: LogicalUnit, page: VpdPage, decode: Callable[[bytes], _T], default: _T
+) -> _T:
+    """A vital product data page that the device may lack or get wrong."""
+    try:
+        command = cdb.inquiry(page, _ALLOCATION_BYTES)
+        return decode(await _ask(unit, f"INQUIRY page {page:02X}h", command))
+    except DeviceError:
+        return default
+
+
+async def _ask(
+    unit: LogicalUnit, what: str, command: bytes, size: int = _ALLOCATION_BYTES + 3
+) -> bytes:
+    """The data that a command returns, as far as it came."""
+    buffer = bytearray(size)
+    count = await unit.read(what, command, memoryview(buffer))
+    return bytes(buffer[:count])

@@ -1,0 +1,228 @@
+"""Status bytes and sense data (SAM-5 §5.3, SPC-4 §4.5), both formats, both roles."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from orion_iscsifs.scsi.malformed import Buffer, field
+
+
+class Status(enum.IntEnum):
+    """SAM status codes."""
+
+    GOOD = 0x00
+    CHECK_CONDITION = 0x02
+    CONDITION_MET = 0x04
+    BUSY = 0x08
+    RESERVATION_CONFLICT = 0x18
+    TASK_SET_FULL = 0x28
+    ACA_ACTIVE = 0x30
+    TASK_ABORTED = 0x40
+
+
+class SenseKey(enum.IntEnum):
+    NO_SENSE = 0x0
+    RECOVERED_ERROR = 0x1
+    NOT_READY = 0x2
+    MEDIUM_ERROR = 0x3
+    HARDWARE_ERROR = 0x4
+    ILLEGAL_REQUEST = 0x5
+    UNIT_ATTENTION = 0x6
+    DATA_PROTECT = 0x7
+    BLANK_CHECK = 0x8
+    VENDOR_SPECIFIC = 0x9
+    COPY_ABORTED = 0xA
+    ABORTED_COMMAND = 0xB
+    VOLUME_OVERFLOW = 0xD
+    MISCOMPARE = 0xE
+    COMPLETED = 0xF
+
+
+ADDITIONAL_SENSE: Final[Mapping[tuple[int, int], str]] = {
+    (0x04, 0x00): "logical unit not ready, cause not reportable",
+    (0x04, 0x01): "logical unit is becoming ready",
+    (0x04, 0x02): "logical unit not ready, start command needed",
+    (0x04, 0x03): "logical unit not ready, manual intervention needed",
+    (0x04, 0x04): "logical unit not ready, format in progress",
+    (0x04, 0x07): "logical unit not ready, operation in progress",
+    (0x04, 0x0A): "logical unit not accessible, asymmetric access state transition",
+    (0x04, 0x0B): "logical unit not accessible, target port in standby state",
+    (0x04, 0x0C): "logical unit not accessible, target port in unavailable state",
+    (0x08, 0x00): "logical unit communication failure",
+    (0x0C, 0x00): "write error",
+    (0x0C, 0x0C): "write error, unexpected unsolicited data",
+    (0x0C, 0x0D): "write error, not enough unsolicited data",
+    (0x10, 0x00): "CRC or ECC error",
+    (0x11, 0x00): "unrecovered read error",
+    (0x11, 0x13): "read error, retransmission request was not served",
+    (0x1A, 0x00): "parameter list length error",
+    (0x1D, 0x00): "miscompare during verify operation",
+    (0x20, 0x00): "invalid command operation code",
+    (0x21, 0x00): "logical block address out of range",
+    (0x24, 0x00): "invalid field in CDB",
+    (0x25, 0x00): "logical unit not supported",
+    (0x26, 0x00): "invalid field in parameter list",
+    (0x27, 0x00): "write protected",
+    (0x27, 0x07): "space allocation failed, write protected",
+    (0x28, 0x00): "not ready to ready change, medium may have changed",
+    (0x29, 0x00): "power on, reset, or bus device reset occurred",
+    (0x29, 0x01): "power on occurred",
+    (0x29, 0x02): "bus reset occurred",
+    (0x29, 0x03): "logical unit reset occurred",
+    (0x29, 0x04): "device internal reset",
+    (0x29, 0x07): "I_T nexus loss occurred",
+    (0x2A, 0x00): "parameters changed",
+    (0x2A, 0x01): "mode parameters changed",
+    (0x2A, 0x03): "reservations preempted",
+    (0x2A, 0x04): "reservations released",
+    (0x2A, 0x05): "registrations preempted",
+    (0x2A, 0x06): "asymmetric access state changed",
+    (0x2A, 0x09): "capacity data has changed",
+    (0x2F, 0x00): "commands cleared by another initiator",
+    (0x38, 0x07): "thin provisioning soft threshold reached",
+    (0x3A, 0x00): "medium not present",
+    (0x3F, 0x03): "inquiry data has changed",
+    (0x3F, 0x0E): "reported LUNs data has changed",
+    (0x44, 0x00): "internal target failure",
+    (0x47, 0x03): "information unit CRC error",
+    (0x47, 0x05): "protocol service CRC error",
+    (0x47, 0x7F): "some commands cleared by iSCSI protocol event",
+    (0x49, 0x00): "invalid message",
+    (0x4B, 0x00): "data phase error",
+    (0x53, 0x02): "medium removal prevented",
+    (0x55, 0x00): "system resource failure",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SenseData:
+    """Decoded sense. `information` is mostly the LBA that failed, None if not valid."""
+
+    key: int = SenseKey.NO_SENSE
+    asc: int = 0
+    ascq: int = 0
+    information: int | None = None
+    deferred: bool = False
+    """The error belongs to an earlier command (write-back cache)."""
+
+    def describe(self) -> str:
+        """In words, with the three numbers that every vendor's manual lists."""
+        words = ADDITIONAL_SENSE.get((self.asc, self.ascq))
+        code = f"{self.key:X}/{self.asc:02X}/{self.ascq:02X}"
+        text = f"{key_name(self.key)}, {words}" if words else key_name(self.key)
+        return f"{text} ({code})"
+
+
+def key_name(key: int) -> str:
+    """`illegal request` for 5."""
+    try:
+        return SenseKey(key).name.replace("_", " ").lower()
+    except ValueError:
+        return f"sense key {key:X}"
+
+
+def status_name(status: int) -> str:
+    """`TASK SET FULL` for 28h."""
+    try:
+        return Status(status).name.replace("_", " ")
+    except ValueError:
+        return f"status {status:02X}h"
+
+
+_INFORMATION_DESCRIPTOR: Final = 0x00
+
+
+def decode_sense(data: Buffer) -> SenseData:
+    """Fixed (70h, 71h) or descriptor format (72h, 73h); what is missing counts as zero."""
+    code = field(data, 0, 1) & 0x7F
+    if code in {0x72, 0x73}:
+        return SenseData(
+            key=field(data, 1, 1) & 0x0F,
+            asc=field(data, 2, 1),
+            ascq=field(data, 3, 1),
+            information=_information(data),
+            deferred=code == 0x73,
+        )
+    if code in {0x70, 0x71}:
+        valid = bool(data[0] & 0x80) and len(data) >= 7
+        return SenseData(
+            key=field(data, 2, 1) & 0x0F,
+            asc=field(data, 12, 1),
+            ascq=field(data, 13, 1),
+            information=field(data, 3, 4) if valid else None,
+            deferred=code == 0x71,
+        )
+    return SenseData()
+
+
+def _information(data: Buffer) -> int | None:
+    """The information descriptor (SPC-4 §4.5.2.2), if it is there and complete."""
+    end = min(len(data), 8 + field(data, 7, 1))
+    offset = 8
+    while offset + 12 <= end:
+        if data[offset] == _INFORMATION_DESCRIPTOR and data[offset + 1] >= 10:
+            return field(data, offset + 4, 8) if data[offset + 2] & 0x80 else None
+        offset += 2 + data[offset + 1]
+    return None
+
+
+def encode_sense(sense: SenseData, *, descriptor_format: bool = False) -> bytes:
+    """18 bytes of fixed format, or descriptor format when asked or when the LBA needs it."""
+    information = sense.information
+    if descriptor_format or (information is not None and information > 0xFFFF_FFFF):
+        tail = b""
+        if information is not None:
+            tail = bytes((_INFORMATION_DESCRIPTOR, 10, 0x80, 0)) + information.to_bytes(8, "big")
+        head = bytes((0x72 + sense.deferred, sense.key, sense.asc, sense.ascq, 0, 0, 0, len(tail)))
+        return head + tail
+    data = bytearray(18)
+    data[0] = 0x70 + sense.deferred
+    data[2] = sense.key
+    data[7] = 10
+    data[12], data[13] = sense.asc, sense.ascq
+    if information is not None:
+        data[0] |= 0x80
+        data[3:7] = information.to_bytes(4, "big")
+    return bytes(data)
+
+
+# -- inside a SCSI Response ------------------------------------------------------------------------
+
+
+def sense_of_response(segment: Buffer) -> SenseData:
+    """The sense in a SCSI Response's data segment: SenseLength first (RFC 7143 §11.4.7).
+
+    A SenseLength beyond the segment is cut to it; an empty segment is NO SENSE.
+    """
+    return decode_sense(segment[2 : 2 + field(segment, 0, 2)])
+
+
+def response_segment(sense: SenseData) -> bytes:
+    """The data segment that carries `sense`."""
+    data = encode_sense(sense)
+    return len(data).to_bytes(2, "big") + data
+
+
+# -- what a disk says most often -------------------------------------------------------------------
+
+INVALID_OPCODE: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x20, 0x00)
+LBA_OUT_OF_RANGE: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x21, 0x00)
+INVALID_FIELD_IN_CDB: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x24, 0x00)
+LUN_NOT_SUPPORTED: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x25, 0x00)
+PARAMETER_LIST_LENGTH_ERROR: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x1A, 0x00)
+INVALID_FIELD_IN_PARAMETER_LIST: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x26, 0x00)
+WRITE_PROTECTED: Final = SenseData(SenseKey.DATA_PROTECT, 0x27, 0x00)
+SPACE_ALLOCATION_FAILED: Final = SenseData(SenseKey.DATA_PROTECT, 0x27, 0x07)
+POWER_ON: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x29, 0x00)
+LUN_RESET: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x29, 0x03)
+CAPACITY_CHANGED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x2A, 0x09)
+REPORTED_LUNS_CHANGED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x3F, 0x0E)
+UNRECOVERED_READ_ERROR: Final = SenseData(SenseKey.MEDIUM_ERROR, 0x11, 0x00)
+WRITE_ERROR: Final = SenseData(SenseKey.MEDIUM_ERROR, 0x0C, 0x00)
+MISCOMPARE: Final = SenseData(SenseKey.MISCOMPARE, 0x1D, 0x00)
+UNEXPECTED_UNSOLICITED_DATA: Final = SenseData(SenseKey.ABORTED_COMMAND, 0x0C, 0x0C)
+NOT_ENOUGH_UNSOLICITED_DATA: Final = SenseData(SenseKey.ABORTED_COMMAND, 0x0C, 0x0D)
+NOT_READY_STOPPED: Final = SenseData(SenseKey.NOT_READY, 0x04, 0x02)
+INTERNAL_TARGET_FAILURE: Final = SenseData(SenseKey.HARDWARE_ERROR, 0x44, 0x00)
+MEDIUM_REMOVAL_PREVENTED: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x53, 0x02)
