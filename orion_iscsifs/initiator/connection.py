@@ -124,10 +124,12 @@ class Connection:
                 pieces, self._outbox = self._outbox, []
                 await self._wire.send(pieces)
             self._sleeping_writer = trio.lowlevel.current_task()
-            try:
-                await trio.lowlevel.wait_task_rescheduled(_abort_at_once)
-            finally:
-                self._sleeping_writer = None
+            await trio.lowlevel.wait_task_rescheduled(self._wake_cancelled)
+
+    def _wake_cancelled(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        # Now and not when the writer runs: a `push` in between must not wake it a second time.
+        self._sleeping_writer = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def divert(self, initiator_task_tag: int) -> None:
         """The reader's buffer of this task is wanted back (see `Framer.divert`)."""
@@ -155,9 +157,10 @@ class Connection:
     # -- watching ----------------------------------------------------------------------------
 
     async def _watch(self) -> None:
+        step_s = min(_WATCH_STEP_MAX_S, self._command_timeout_s / 4 or _WATCH_STEP_MAX_S)
         while True:
             now = trio.current_time()
-            await trio.sleep_until(min(self._keepalive.deadline, now + _WATCH_STEP_MAX_S))
+            await trio.sleep_until(min(self._keepalive.deadline, now + step_s))
             now = trio.current_time()
             self._check_commands(now)
             match self._keepalive.check(now):
@@ -191,7 +194,3 @@ class Connection:
                     f"{self._wire.peer}: a command got no answer for"
                     f" {self._command_timeout_s * task.patience:g} s"
                 )
-
-
-def _abort_at_once(_raise_cancel: object) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.SUCCEEDED

@@ -1,0 +1,70 @@
+"""Serial arithmetic, the command window and StatSN (RFC 7143 §4.2.2)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orion_iscsifs.errors import ProtocolViolation
+from orion_iscsifs.protocol import serial
+from orion_iscsifs.protocol.sequence import CommandWindow, StatusCounter
+
+NUMBERS = st.integers(0, 0xFFFF_FFFF)
+
+
+@given(number=NUMBERS, ahead=st.integers(1, (1 << 31) - 1))
+def test_order_of_serial_numbers_at_the_wrap(number: int, ahead: int) -> None:
+    """Checklist 1."""
+    later = serial.add(number, ahead)
+    assert serial.less(number, later)
+    assert not serial.less(later, number)
+    assert serial.less_equal(number, number)
+    assert serial.distance(number, later) == ahead
+    assert serial.distance(later, number) == -ahead
+
+
+def test_the_window_wraps() -> None:
+    """Checklist 1 and 2."""
+    window = CommandWindow(0xFFFF_FFFE, 0xFFFF_FFFE, 1)
+    assert window.free == 4
+    assert [window.take() for _ in range(4)] == [0xFFFF_FFFE, 0xFFFF_FFFF, 0, 1]
+    assert window.free == 0
+    assert window.update(2, 5)
+    assert (window.free, window.take()) == (4, 2)
+
+
+def test_a_closed_window_has_no_slot() -> None:
+    """Checklist 2: MaxCmdSN = ExpCmdSN - 1 closes the window (§4.2.2.1)."""
+    window = CommandWindow(10, 10, 9)
+    assert window.free == 0
+    assert window.update(10, 10)
+    assert window.free == 1
+
+
+@pytest.mark.parametrize(("exp", "maximum"), [(10, 8), (12, 10), (5, 0xFFFF_FFF0)])
+def test_a_max_below_exp_minus_one_is_ignored_as_a_whole(exp: int, maximum: int) -> None:
+    """Checklist 3."""
+    window = CommandWindow(10, 10, 20)
+    assert not window.update(exp, maximum)
+    assert (window.exp_cmd_sn, window.max_cmd_sn) == (10, 20)
+
+
+def test_updates_only_move_forward() -> None:
+    """Checklist 3: an old PDU that comes late takes nothing back."""
+    window = CommandWindow(10, 10, 20)
+    assert not window.update(8, 15)
+    assert (window.exp_cmd_sn, window.max_cmd_sn) == (10, 20)
+    assert not window.update(12, 20)
+    assert window.exp_cmd_sn == 12
+    assert window.update(11, 21)
+    assert (window.exp_cmd_sn, window.max_cmd_sn) == (12, 21)
+
+
+def test_stat_sn_advances_drops_duplicates_and_refuses_gaps() -> None:
+    """Checklist 5 and 6."""
+    counter = StatusCounter(0xFFFF_FFFF)
+    assert counter.advance(0xFFFF_FFFF, "SCSI Response")
+    assert counter.advance(0, "SCSI Response")
+    assert not counter.advance(0xFFFF_FFFF, "SCSI Response")
+    assert counter.exp_stat_sn == 1
+    with pytest.raises(ProtocolViolation, match=r"SCSI Response: StatSN 0x3 .*§4\.2\.2\.2"):
+        counter.advance(3, "SCSI Response")
