@@ -92,13 +92,12 @@ async def connect(portal: Portal, timeout_s: float) -> socket.socket:
 
 
 def _reason(error: OSError) -> str:
-    """The errno in words; open_tcp_stream hides one below its own message."""
+    """The errno in words; open_tcp_stream hides it below a message of its own."""
     cause = error.__cause__
-    if isinstance(cause, BaseExceptionGroup):
+    while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror.lower()
-    return (error.strerror or str(error)).lower()
+    number = cause.errno if isinstance(cause, OSError) else error.errno
+    return os.strerror(number).lower() if number else str(error)
 
 
 async def dial(portal: Portal, nexus: Nexus, *, cmd_sn: int) -> LoggedIn:

@@ -17,6 +17,7 @@ from orion_iscsifs.protocol.keys import CHAP_BINARY_BYTES_MAX
 
 _HEX: Final = re.compile(r"0[xX][0-9a-fA-F]+")
 _SECTION: Final = "12.1.3"
+SECRET_BYTES_MIN: Final = 12
 
 
 class ChapAlgorithm(enum.IntEnum):
@@ -51,6 +52,11 @@ class Credentials:
 
     user: str
     secret: bytes = field(repr=False)
+
+    @property
+    def is_weak(self) -> bool:
+        """Shorter than the 96 bits that RFC 7143 §9.2.1 asks for without IPsec: warn about it."""
+        return len(self.secret) < SECRET_BYTES_MIN
 
 
 def chap_response(

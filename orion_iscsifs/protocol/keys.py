@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from orion_iscsifs.errors import UsageError
+
 YES: Final = "Yes"
 NO: Final = "No"
 REJECT: Final = "Reject"
@@ -306,9 +308,13 @@ class Offer:
     def __post_init__(self) -> None:
         for name, value in self.values().items():
             row = KEYS[name]
-            assert not isinstance(value, tuple) or set(value) <= set(row.values), name
-            assert not row.high or row.low <= value <= row.high, name  # type: ignore[operator]
-        assert self.first_burst_length <= self.max_burst_length, "RFC 7143 §13.14"
+            if isinstance(value, tuple):
+                if not value or not set(value) <= set(row.values):
+                    raise UsageError(f"{name}={','.join(value)}: not among {row.values}")
+            elif row.high and not row.low <= value <= row.high:
+                raise UsageError(f"{name}={value}: not between {row.low} and {row.high}")
+        if self.first_burst_length > self.max_burst_length:
+            raise UsageError("FirstBurstLength exceeds MaxBurstLength (RFC 7143 §13.14)")
 
     def values(self) -> dict[str, Value]:
         """By key name, in the order in which they are proposed."""

@@ -26,7 +26,7 @@ from orion_iscsifs.protocol.chap import (
 )
 from orion_iscsifs.protocol.login_status import LoginStatus, status_error
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse
-from orion_iscsifs.protocol.text import Pair, parse_number
+from orion_iscsifs.protocol.text import Pair, parse_number, shown
 
 _SECTION: Final = "12.1.3"
 RandomBytes = Callable[[int], bytes]
@@ -96,6 +96,10 @@ class ChapInitiator:
         self._identifier = 0
         self._challenge = b""
 
+    @property
+    def mutual(self) -> bool:
+        return self._target is not None
+
     def propose(self) -> list[Pair]:
         """CHAP_A, the algorithms in the order of preference."""
         return [("CHAP_A", ",".join(str(int(item)) for item in self._algorithms))]
@@ -125,7 +129,7 @@ class ChapInitiator:
         for algorithm in self._algorithms:
             if algorithm == number:
                 return algorithm
-        problem = f"CHAP_A={text[:20]} was not offered"
+        problem = f"CHAP_A={shown(text)} was not offered"
         raise ProtocolViolation(LoginResponse.name, problem, section=_SECTION)
 
     def verify(self, received: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from orion_iscsifs.protocol.login_status import refusal
 from orion_iscsifs.protocol.login_text import Received, TextChannel
 from orion_iscsifs.protocol.negotiation import Negotiator
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, LoginStage
-from orion_iscsifs.protocol.text import Pair, parse_number
+from orion_iscsifs.protocol.text import Pair, parse_number, shown
 
 SessionType = Literal["Normal", "Discovery"]
 _PDU: Final = LoginResponse.name
@@ -117,7 +117,7 @@ class InitiatorLogin:
         assert self._stage is not Stage.START
         assert not self.done
         if response.status_class != 0:
-            raise refusal(response, self._names[1])
+            raise refusal(response, self._names[1], auth_advice=self._auth_advice())
         self._check(response)
         self.exp_stat_sn = (response.stat_sn + 1) & 0xFFFF_FFFF
         self.exp_cmd_sn, self.max_cmd_sn = response.exp_cmd_sn, response.max_cmd_sn
@@ -214,6 +214,16 @@ class InitiatorLogin:
 
     # -- PDUs --------------------------------------------------------------------------------
 
+    def _auth_advice(self) -> str:
+        """What the user can do about Status 0201 at this point of the login."""
+        if self._chap is None:
+            return "the target demands authentication: set chap_user= and chap_secret_file="
+        if self._auth in (_Auth.METHOD, _Auth.ALGORITHM):
+            return "the target does not want CHAP, or not with these chap_algs="
+        if self._chap.mutual:
+            return "check chap_user and its secret, and whether the target has an outgoing secret"
+        return "check chap_user and its secret, and whether the target demands mutual CHAP"
+
     def _send(self, pairs: Sequence[Pair], wanted: LoginStage | None) -> LoginRequest:
         self._text.load(pairs)
         self._wanted = wanted
@@ -250,13 +260,15 @@ class InitiatorLogin:
             raise ProtocolViolation(_PDU, problem, section="11.13.6")
 
     def _note_declarations(self, received: Received) -> None:
-        self._target_alias = received.declared.get("TargetAlias", self._target_alias)
+        alias = received.declared.get("TargetAlias", self._target_alias)
+        # It is for people to read, so it must not move a terminal's cursor.
+        self._target_alias = "".join(char for char in alias if char.isprintable())
         text = received.declared.get("TargetPortalGroupTag")
         if text is None:
             return
         number = parse_number(text)
         if number is None or number > 0xFFFF:
-            problem = f"TargetPortalGroupTag={text} has not 16 bits"
+            problem = f"TargetPortalGroupTag={shown(text)} has not 16 bits"
             raise ProtocolViolation(_PDU, problem, section="13.9")
         self._portal_group_tag = number
 
@@ -273,6 +285,8 @@ def _chap(
                 "mutual CHAP without CHAP", advice="set chap_user= and chap_secret_file= too"
             )
         return None
+    if not algorithms:
+        raise UsageError("CHAP without an algorithm", advice="leave chap_algs= out for md5")
     if target_credentials is not None and same(credentials.secret, target_credentials.secret):
         raise UsageError(
             "mutual CHAP with the same secret in both directions",
@@ -283,6 +297,6 @@ def _chap(
 
 def _not_chap(method: str | None) -> AuthenticationFailed:
     return AuthenticationFailed(
-        f"login: the target does not authenticate us (AuthMethod={method})",
+        f"login: the target does not authenticate us (AuthMethod={shown(method or '')})",
         advice="enable CHAP at the target, or leave chap_user= out",
     )

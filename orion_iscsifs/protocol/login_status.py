@@ -122,8 +122,12 @@ _CLASSES: Final[Mapping[int, _Words]] = {
 }
 
 
-def refusal(response: LoginResponse, target_name: str | None) -> LoginError:
+def refusal(
+    response: LoginResponse, target_name: str | None, *, auth_advice: str = ""
+) -> LoginError:
     """The error that a Login Response with a Status-Class other than 0 stands for.
+
+    `auth_advice` replaces the general advice about Status 0201: the caller knows what was tried.
 
     Raises ProtocolViolation for a class that does not exist and a redirection without address.
     """
@@ -136,9 +140,10 @@ def refusal(response: LoginResponse, target_name: str | None) -> LoginError:
         raise ProtocolViolation(
             response.name, f"Status-Class {status_class} does not exist", section="11.13.5"
         )
+    failed_auth = status_class << 8 | detail == LoginStatus.AUTHENTICATION_FAILURE
     return words.kind(
         f"{who}: {words.problem} (login status {status_class:02x}{detail:02x})",
-        advice=words.advice,
+        advice=auth_advice if failed_auth and auth_advice else words.advice,
         status_class=status_class,
         status_detail=detail,
     )

@@ -25,7 +25,7 @@ from orion_iscsifs.protocol.login_status import LoginStatus, status_error
 from orion_iscsifs.protocol.login_text import Received, TextChannel
 from orion_iscsifs.protocol.negotiation import Negotiator
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, LoginStage
-from orion_iscsifs.protocol.text import Pair, encode_text
+from orion_iscsifs.protocol.text import Pair, encode_text, shown
 
 _PDU: Final = LoginRequest.name
 _NAME_BYTES_MAX: Final = 223
@@ -163,13 +163,13 @@ class TargetLogin:
         self.initiator_name = _name("InitiatorName", declared)
         self.session_type = declared.get("SessionType", NORMAL)
         if self.session_type not in (NORMAL, DISCOVERY):
-            message = f"{_PDU}: SessionType={self.session_type}"
+            message = f"{_PDU}: SessionType={shown(self.session_type)}"
             raise status_error(LoginStatus.SESSION_TYPE_NOT_SUPPORTED, message)
         if self.session_type == NORMAL:
             self.target_name = _name("TargetName", declared)
             access = self._lookup(self.target_name)
             if access is None:
-                raise status_error(LoginStatus.NOT_FOUND, f"no target {self.target_name}")
+                raise status_error(LoginStatus.NOT_FOUND, f"no target {shown(self.target_name)}")
             self.access = access
         if self.access.incoming is not None:
             self._demand_chap(self.access.incoming)
@@ -221,7 +221,7 @@ class TargetLogin:
         if offered is None and (keys or self._chap is not None):
             raise self._unauthenticated("the initiator proposes no AuthMethod")
         if offered is not None and wanted not in offered.split(","):
-            raise self._unauthenticated(f"AuthMethod={offered} lacks {wanted}")
+            raise self._unauthenticated(f"AuthMethod={shown(offered)} lacks {wanted}")
         self._auth = _Auth.DONE if self._chap is None else _Auth.ALGORITHM
         return [] if offered is None else [("AuthMethod", wanted)]
 

@@ -5,13 +5,21 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from orion_iscsifs.errors import ProtocolViolation
-from orion_iscsifs.protocol.keys import ANSWER_CONSTANTS, NOT_UNDERSTOOD, Key, Kind, Role, Stages
+from orion_iscsifs.protocol.keys import (
+    ANSWER_CONSTANTS,
+    KEYS,
+    NOT_UNDERSTOOD,
+    Key,
+    Kind,
+    Role,
+    Stages,
+    Use,
+)
 from orion_iscsifs.protocol.login_stages import (
     EXCHANGES_MAX,
     LOGIN_SEGMENT_BYTES_MAX,
     Stage,
 )
-from orion_iscsifs.protocol.negotiation import Ledger
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse
 from orion_iscsifs.protocol.text import Pair, TextReader, encode_text, split_text
 
@@ -19,6 +27,32 @@ _DECLARED_BY_LOGIN: Final = frozenset(
     {"SessionType", "InitiatorName", "TargetName", "InitiatorAlias", "TargetAlias"}
     | {"TargetAddress", "TargetPortalGroupTag", "X#NodeArchitecture"}
 )
+
+
+class Ledger:
+    """Keys that the peer has sent during this login: each may come once (RFC 7143 §6.3)."""
+
+    def __init__(self, peer: Role, pdu: str) -> None:
+        self._peer = peer
+        self._pdu = pdu
+        self._seen: set[str] = set()
+
+    def admit(self, key: str, stage: Stage) -> Key | None:
+        """The row of a key that may be sent here, None for an unknown key."""
+        row = KEYS.get(key)
+        if key in self._seen and not (row and row.repeatable):
+            raise ProtocolViolation(self._pdu, f"{key} sent twice", section="6.3")
+        self._seen.add(key)
+        if row is None:
+            return None
+        wrong_stage = Stages.OPERATIONAL if stage is Stage.SECURITY else Stages.SECURITY
+        if row.stages is wrong_stage or row.use is Use.FULL_FEATURE_ONLY:
+            problem = f"{key} is not allowed in stage {stage.name}"
+            raise ProtocolViolation(self._pdu, problem, section=row.section)
+        if self._peer not in row.senders:
+            problem = f"{key} is not for the {self._peer.name.lower()} to send"
+            raise ProtocolViolation(self._pdu, problem, section=row.section)
+        return row
 
 
 @dataclass(slots=True)

@@ -26,14 +26,10 @@ from orion_iscsifs.protocol.keys import (
     Offer,
     Parameters,
     Role,
-    Stages,
-    Use,
     Value,
 )
-from orion_iscsifs.protocol.login_stages import Stage
-from orion_iscsifs.protocol.text import Pair, parse_number
+from orion_iscsifs.protocol.text import Pair, parse_number, shown
 
-_NEGOTIATED: Final = frozenset({Kind.AND, Kind.OR, Kind.MINIMUM, Kind.MAXIMUM, Kind.LIST})
 _MAX_RECV: Final = "MaxRecvDataSegmentLength"
 _MAX_RECV_DEFAULT: Final = 8192
 _DISCOVERY_KEYS: Final = ("HeaderDigest", "DataDigest", _MAX_RECV)
@@ -47,32 +43,6 @@ class Answer:
     key: str
     value: str
     required: bool
-
-
-class Ledger:
-    """Keys that the peer has sent during this login: each may come once (RFC 7143 §6.3)."""
-
-    def __init__(self, peer: Role, pdu: str) -> None:
-        self._peer = peer
-        self._pdu = pdu
-        self._seen: set[str] = set()
-
-    def admit(self, key: str, stage: Stage) -> Key | None:
-        """The row of a key that may be sent here, None for an unknown key."""
-        row = KEYS.get(key)
-        if key in self._seen and not (row and row.repeatable):
-            raise ProtocolViolation(self._pdu, f"{key} sent twice", section="6.3")
-        self._seen.add(key)
-        if row is None:
-            return None
-        wrong_stage = Stages.OPERATIONAL if stage is Stage.SECURITY else Stages.SECURITY
-        if row.stages is wrong_stage or row.use is Use.FULL_FEATURE_ONLY:
-            problem = f"{key} is not allowed in stage {stage.name}"
-            raise ProtocolViolation(self._pdu, problem, section=row.section)
-        if self._peer not in row.senders:
-            problem = f"{key} is not for the {self._peer.name.lower()} to send"
-            raise ProtocolViolation(self._pdu, problem, section=row.section)
-        return row
 
 
 class Negotiator:
@@ -193,7 +163,7 @@ class Negotiator:
             return
         selected = self._parse(row, value)
         if selected is None or not _check_selection(row.kind, own, selected):
-            problem = f"{row.name}={value} is no possible answer to {_text(own)}"
+            problem = f"{row.name}={shown(value)} is no possible answer to {_text(own)}"
             raise self._violation(row, problem)
         self._settled[row.name] = selected
         self._chosen.add(row.name)
@@ -206,6 +176,7 @@ class Negotiator:
         proposed = self._parse(row, value)
         selected = None if proposed is None else self._select(row, proposed)
         if selected is None:
+            self._settled[row.name] = self._default(row)
             return Answer(row.name, REJECT, required=True)
         self._settled[row.name] = selected
         self._chosen.add(row.name)
@@ -246,7 +217,7 @@ class Negotiator:
     def _admissible(self, row: Key, value: str) -> int:
         number = self._parse(row, value)
         if number is None:
-            raise self._violation(row, f"{row.name}={value} is out of range")
+            raise self._violation(row, f"{row.name}={shown(value)} is out of range")
         return _number(number)
 
     def _default(self, row: Key) -> Value:
@@ -316,7 +287,7 @@ class Negotiator:
         if settled[0] not in own:
             raise LoginError(
                 f"login: {name} {own[0]} is required and the peer does not use it",
-                advice=f"allow {name}=None, or enable digests at the target",
+                advice="prefer digests instead of demanding them, or enable them at the other side",
             )
         return settled[0] == CRC32C
 

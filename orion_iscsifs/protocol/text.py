@@ -18,6 +18,8 @@ Pair = tuple[str, str]
 TEXT_BYTES_MAX: Final = 65536
 """Of one logical text data segment: what §6.1 asks for with long authentication items."""
 
+SHOWN_CHARS_MAX: Final = 60
+
 # §6.1's standard-label, and the '#' of X#NodeArchitecture. iSCSIProtocolLevel, alone of all keys,
 # begins with a small letter.
 _KEY_NAME: Final = re.compile(r"(?:[A-Z]|iSCSI)[A-Za-z0-9.\-+@_#]{0,62}\Z")
@@ -35,6 +37,11 @@ def split_text(text: bytes, segment_bytes_max: int) -> list[bytes]:
     """The data segments that carry `text`, at least one; all but the last need the C bit."""
     starts = range(0, max(len(text), 1), segment_bytes_max)
     return [text[start : start + segment_bytes_max] for start in starts]
+
+
+def shown(text: str) -> str:
+    """Text of the peer as part of a message: quoted, without control characters, short."""
+    return ascii(text if len(text) <= SHOWN_CHARS_MAX else text[:SHOWN_CHARS_MAX] + "...")
 
 
 def parse_number(text: str) -> int | None:

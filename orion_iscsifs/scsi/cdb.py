@@ -207,6 +207,13 @@ def read_capacity_16(allocation_length: int = 32) -> bytes:
     )
 
 
+def get_lba_status(lba: int, allocation_length: int = 24) -> bytes:
+    """24 bytes hold one descriptor."""
+    return Struct(">BBQIxx").pack(
+        OpCode.SERVICE_ACTION_IN_16, ServiceAction.GET_LBA_STATUS, lba, allocation_length
+    )
+
+
 def mode_sense_6(page: int, *, subpage: int = 0, allocation_length: int = 255) -> bytes:
     """MODE SENSE(6), current values, without block descriptors (DBD)."""
     return Struct(">BBBBBx10x").pack(OpCode.MODE_SENSE_6, 0x08, page, subpage, allocation_length)

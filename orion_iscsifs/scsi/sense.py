@@ -168,9 +168,9 @@ def _information(data: Buffer) -> int | None:
 
 
 def encode_sense(sense: SenseData, *, descriptor_format: bool = False) -> bytes:
-    """18 bytes of fixed format, or descriptor format when asked or when the LBA needs it."""
+    """18 bytes of fixed format, which leaves out an LBA beyond 32 bits, or descriptor format."""
     information = sense.information
-    if descriptor_format or (information is not None and information > 0xFFFF_FFFF):
+    if descriptor_format:
         tail = b""
         if information is not None:
             tail = bytes((_INFORMATION_DESCRIPTOR, 10, 0x80, 0)) + information.to_bytes(8, "big")
@@ -181,7 +181,7 @@ def encode_sense(sense: SenseData, *, descriptor_format: bool = False) -> bytes:
     data[2] = sense.key
     data[7] = 10
     data[12], data[13] = sense.asc, sense.ascq
-    if information is not None:
+    if information is not None and information <= 0xFFFF_FFFF:
         data[0] |= 0x80
         data[3:7] = information.to_bytes(4, "big")
     return bytes(data)
@@ -223,6 +223,7 @@ WRITE_ERROR: Final = SenseData(SenseKey.MEDIUM_ERROR, 0x0C, 0x00)
 MISCOMPARE: Final = SenseData(SenseKey.MISCOMPARE, 0x1D, 0x00)
 UNEXPECTED_UNSOLICITED_DATA: Final = SenseData(SenseKey.ABORTED_COMMAND, 0x0C, 0x0C)
 NOT_ENOUGH_UNSOLICITED_DATA: Final = SenseData(SenseKey.ABORTED_COMMAND, 0x0C, 0x0D)
+PROTOCOL_SERVICE_CRC_ERROR: Final = SenseData(SenseKey.ABORTED_COMMAND, 0x47, 0x05)
 NOT_READY_STOPPED: Final = SenseData(SenseKey.NOT_READY, 0x04, 0x02)
 INTERNAL_TARGET_FAILURE: Final = SenseData(SenseKey.HARDWARE_ERROR, 0x44, 0x00)
 MEDIUM_REMOVAL_PREVENTED: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x53, 0x02)

@@ -1,0 +1,1 @@
+"""The RAM block cache: write-back or write-through, with readahead, in 64 KiB frames."""

@@ -1,0 +1,1 @@
+"""The command `orion-iscsifs`: one file per command, loaded when it is called."""

@@ -1,0 +1,215 @@
+"""The daemon of one mount: data path, file system, control socket and their order of ending.
+
+The end always goes the same way, however it was begun (umount(8), our command, a signal): first
+the kernel's mount goes, so that no new request comes; then every device is flushed, again and
+again until it works; only then the sessions log out and the process ends. Dirty data is given up
+only on request: `umount --force`, or a second signal while it is being flushed.
+"""
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import asdict
+from typing import Any, Final, Protocol
+
+import trio
+
+from orion_iscsifs.block.device import BlockDevice
+from orion_iscsifs.cli.report import Exit, Failed, orion_error
+from orion_iscsifs.config import MountConfig
+from orion_iscsifs.config.places import create_private, runtime_dir
+from orion_iscsifs.config.render import to_toml
+from orion_iscsifs.errors import OrionError
+from orion_iscsifs.fuse.control import control_files
+from orion_iscsifs.fuse.mount import FuseMount
+from orion_iscsifs.fuse.operations import DeviceFiles
+from orion_iscsifs.monitor import control, metrics
+from orion_iscsifs.monitor.status import Status, dirty_bytes, document, mount_status
+from orion_iscsifs.url import Source
+
+_log = logging.getLogger(__name__)
+
+RETRY_S: Final = 5.0
+"""Between two tries to flush after the mount has gone."""
+ABANDONED_S: Final = 5.0
+"""How long the data path may take to end once its dirty data is given up."""
+PROGRESS_S: Final = 0.2
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Stack(Protocol):
+    """What the daemon needs of `orion_iscsifs.stack.Stack`."""
+
+    @property
+    def files(self) -> Mapping[str, BlockDevice]: ...
+
+    def status(self) -> Mapping[str, Any]: ...
+
+
+OpenStack = Callable[[Source, MountConfig], AbstractAsyncContextManager[Stack]]
+
+
+class Daemon:
+    """One mount, from log-in to log-out."""
+
+    def __init__(
+        self, source: Source, mountpoint: str, config: MountConfig, open_stack: OpenStack
+    ) -> None:
+        """`mountpoint` has passed `fuse.mountpoint.check`."""
+        self._source = source
+        self._mountpoint = mountpoint
+        self._config = config
+        self._open_stack = open_stack
+        self._scope = trio.CancelScope()
+        self._abandon = trio.Event()
+        self._signals = 0
+        self._state: str | None = None
+        self._lost_bytes = 0
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Return when everything is over; `ready` is called once the files can be read."""
+        with self._scope:
+            async with self._open_stack(self._source, self._config) as stack:
+                await self._serve(stack, ready)
+        if self._lost_bytes:
+            raise Failed(f"{self._mountpoint}: {self._lost_bytes} bytes given up", Exit.FAILED)
+
+    async def _serve(self, stack: Stack, ready: Callable[[], None]) -> None:
+        self._stack = stack
+        self._filesystem = DeviceFiles(
+            stack.files,
+            config=self._config.fuse,
+            control=control_files(
+                status=self._status_text,
+                metrics=lambda: metrics.prometheus_text(self.status()),
+                config=to_toml(self._config, self._source.redacted()),
+            ),
+        )
+        self._mount = FuseMount(
+            self._filesystem,
+            self._mountpoint,
+            fsname=self._source.redacted(),
+            config=self._config.fuse,
+        )
+        folder = create_private(runtime_dir())
+        operations = {"status": self._op_status, "flush": self._op_flush, "abandon": self._op_end}
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._watch_signals)
+            await nursery.start(
+                control.serve, control.socket_path(folder, self._mountpoint), operations
+            )
+            await nursery.start(self._mount.serve)
+            _log.info("%s is mounted on %s", self._source, self._mountpoint)
+            ready()
+            await self._mount.wait_ended()
+            self._state = "unmounting"
+            await self._drain()
+            nursery.cancel_scope.cancel()
+
+    # -- ending ----------------------------------------------------------------------------------
+
+    async def _watch_signals(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.open_signal_receiver(*_SIGNALS) as received:
+            task_status.started()
+            async for number in received:
+                self._signals += 1
+                _log.info("%s", signal.Signals(number).name)
+                if self._signals == 1:
+                    if self._state is None:
+                        self._state = "unmounting"
+                        await self._mount.unmount()
+                else:
+                    self._give_up()
+
+    async def _drain(self) -> None:
+        """Flush until it works, or until somebody gives the data up."""
+        while True:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._cancel_when_abandoned, nursery.cancel_scope)
+                    await self._flush_all()
+                    nursery.cancel_scope.cancel()
+                    _log.info("everything is durable on the target")
+                    return
+            except* OrionError as group:
+                _log.error(
+                    "%d bytes are not on the target yet: %s; trying again",
+                    dirty_bytes(self.status()),
+                    group.exceptions[0],
+                )
+            with trio.move_on_after(RETRY_S):
+                await self._abandon.wait()
+            if self._abandon.is_set():
+                self._lost_bytes = dirty_bytes(self.status())
+                _log.critical("%d bytes were given up", self._lost_bytes)
+                self._scope.deadline = trio.current_time() + ABANDONED_S
+                return
+
+    async def _cancel_when_abandoned(self, scope: trio.CancelScope) -> None:
+        await self._abandon.wait()
+        scope.cancel()
+
+    async def _flush_all(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for device in self._stack.files.values():
+                nursery.start_soon(device.flush)
+
+    def _give_up(self) -> None:
+        self._abandon.set()
+        self._mount.terminate()
+
+    # -- status ----------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """One entry of the status document."""
+        known = dict(self._stack.status())
+        counters = self._filesystem.counters()
+        known["luns"] = [
+            {**lun, **(asdict(counters[lun["name"]]) if lun.get("name") in counters else {})}
+            for lun in known.get("luns", ())
+        ]
+        return mount_status(
+            mountpoint=self._mountpoint,
+            source=self._source.redacted(),
+            pid=os.getpid(),
+            state=self._state,
+            stack=known,
+            kernel=self._mount.limits.as_dict(),
+        )
+
+    def _status_text(self) -> str:
+        return json.dumps(document([self.status()]), indent=2) + "\n"
+
+    # -- control operations ----------------------------------------------------------------------
+
+    async def _op_status(self, _send: control.Send) -> control.Message:
+        return {"status": self.status()}
+
+    async def _op_flush(self, send: control.Send) -> control.Message:
+        async def progress() -> None:
+            with suppress(trio.BrokenResourceError):  # the client has gone; the flush goes on
+                while True:
+                    await send({"dirty_bytes": dirty_bytes(self.status())})
+                    await trio.sleep(PROGRESS_S)
+
+        failure: OrionError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(progress)
+            try:
+                await self._flush_all()
+            except* OrionError as group:
+                failure = orion_error(group)
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return {"dirty_bytes": dirty_bytes(self.status())}
+
+    async def _op_end(self, _send: control.Send) -> control.Message:
+        lost = dirty_bytes(self.status())
+        self._give_up()
+        return {"dirty_bytes": lost}

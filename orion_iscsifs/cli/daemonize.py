@@ -1,0 +1,97 @@
+"""Into the background, with the outcome told to whoever waits in front.
+
+The command forks twice before any thread or event loop exists. The daemon, no child of anybody's
+terminal, tells through a pipe how the start went: `{"pid": …}`, then either `{"ready": true}` or
+`{"error": line, "code": n}`. Until it is ready, its stderr is still the user's.
+"""
+
+import json
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from orion_iscsifs.cli.report import Exit, Failed, describe, exit_code, orion_error, verbosity
+
+_log = logging.getLogger(__name__)
+
+Body = Callable[[Callable[[], None]], None]
+"""Runs the daemon; calls its argument once the mount can be used."""
+
+
+def run_in_background(body: Body, *, failure: int) -> None:
+    """Return once the daemon is ready. Raises `Failed` with its one line if it never is."""
+    reading, writing = os.pipe()
+    first = os.fork()
+    if first == 0:
+        os.close(reading)
+        _leave_terminal()
+        _run(body, writing, failure)
+    os.close(writing)
+    os.waitpid(first, 0)
+    with os.fdopen(reading, "rb") as messages:
+        _await_ready(iter(messages.readline, b""), failure)
+
+
+def _leave_terminal() -> None:
+    os.setsid()
+    if os.fork() != 0:
+        os._exit(0)
+    os.chdir("/")
+    os.umask(0o077)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _run(body: Body, writing: int, failure: int) -> NoReturn:
+    """Never returns: the rest of the command belongs to the process in front."""
+
+    pipe = open(writing, "wb", buffering=0)  # noqa: SIM115 (lives as long as the process)
+
+    def send(**message: Any) -> None:  # noqa: ANN401 (JSON)
+        if not pipe.closed:
+            # BrokenPipeError: the command in front was interrupted. It has ended us, or will.
+            with suppress(BrokenPipeError):
+                pipe.write(json.dumps(message).encode() + b"\n")
+
+    def ready() -> None:
+        send(ready=True)
+        pipe.close()
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 2)
+        os.close(null)
+
+    code: int = Exit.DONE
+    try:
+        send(pid=os.getpid())
+        body(ready)
+    except BaseException as error:  # the process ends here, whatever it was
+        code = exit_code(error, failure=failure)
+        if pipe.closed:
+            _log.critical("%s", describe(error), exc_info=orion_error(error) is None)
+        elif verbosity.debug:
+            traceback.print_exception(error)
+        send(error=describe(error), code=code)
+    os._exit(code)
+
+
+def _await_ready(messages: Any, failure: int) -> None:  # noqa: ANN401 (an iterator of bytes)
+    pid = 0
+    try:
+        for line in messages:
+            message = json.loads(line)
+            pid = message.get("pid", pid)
+            if message.get("ready"):
+                return
+            if "error" in message:
+                raise Failed(message["error"], message["code"])
+    except KeyboardInterrupt:
+        if pid:
+            os.kill(pid, signal.SIGTERM)
+        raise
+    raise Failed("mount: the daemon died at its start", failure, advice="run it with -f to see why")

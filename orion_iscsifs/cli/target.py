@@ -1,0 +1,212 @@
+"""`orion-iscsifs target serve`: the embedded iSCSI target as a program."""
+
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+import trio
+
+from orion_iscsifs.block.device import BlockDevice
+from orion_iscsifs.config.secrets import length_warnings, read_secret_file
+from orion_iscsifs.config.settings import Secret
+from orion_iscsifs.config.words import size_bytes
+from orion_iscsifs.errors import OrionError, UsageError
+from orion_iscsifs.scsi.lun import LUN_MAX
+from orion_iscsifs.target import Chap, FileDevice, RamDevice, TargetConfig, open_backing, serve
+from orion_iscsifs.target.settings import Limits
+
+DEFAULT_IQN: Final = "iqn.2026-11.org.orion-iscsifs:disk"
+DEFAULT_LISTEN: Final = "127.0.0.1:3260"
+_BLOCK_BYTES: Final = (512, 4096)
+_LUN_OPTION: Final = re.compile(r"(?:size=.*|ro|block=.*)\Z")
+_NAME: Final = re.compile(r"(?:iqn|eui|naa)\.[a-z0-9.:\-]{1,219}\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LunOption:
+    """`--lun N=PATH[,size=SIZE][,ro][,block=4096]`; `path` is None for memory."""
+
+    number: int
+    path: str | None
+    size: int | None
+    read_only: bool
+    block_bytes: int
+
+
+def parse_lun(text: str) -> LunOption:
+    """Raises UsageError. Options are taken from the end, so that a path may contain commas."""
+    number, equals, rest = text.partition("=")
+    if not equals or not re.fullmatch(r"[0-9]{1,5}", number, re.ASCII) or int(number) > LUN_MAX:
+        raise UsageError(f"--lun {text}: not N=PATH, with N from 0 to {LUN_MAX}")
+    parts = rest.split(",")
+    options: dict[str, str] = {}
+    while len(parts) > 1 and _LUN_OPTION.match(parts[-1]):
+        word, _, value = parts.pop().partition("=")
+        options[word] = value
+    path: str | None = ",".join(parts)
+    size = _size(text, options["size"]) if "size" in options else None
+    if path is not None and path.startswith("ram:"):
+        size, path = _size(text, path.removeprefix("ram:")), None
+    if path == "":
+        raise UsageError(f"--lun {text}: the path is empty")
+    return LunOption(
+        number=int(number),
+        path=path,
+        size=size,
+        read_only="ro" in options,
+        block_bytes=_block_bytes(text, options.get("block", "512")),
+    )
+
+
+def _size(text: str, size: str) -> int:
+    try:
+        return size_bytes(size)
+    except ValueError as error:
+        raise UsageError(f"--lun {text}: {size!r} {error}") from None
+
+
+def _block_bytes(text: str, value: str) -> int:
+    if value not in {str(size) for size in _BLOCK_BYTES}:
+        raise UsageError(f"--lun {text}: block={value} is not 512 or 4096")
+    return int(value)
+
+
+def parse_portal(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[V6]:PORT`, `HOST` (port 3260)."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text, re.ASCII)
+    port = 3260 if match is None or match[2] is None else int(match[2])
+    if match is None or not match[1] or port > 65535:
+        raise UsageError(f"--listen {text}: not HOST:PORT")
+    return match[1].strip("[]"), port
+
+
+def _secret(option: str, user: str | None, path: Path | None) -> Secret | None:
+    """The secret that belongs to `user`; both or neither are given."""
+    if (user is None) != (path is None):
+        raise UsageError(f"--{option}-user and --{option}-secret-file belong together")
+    if path is None:
+        return None
+    secret, warnings = read_secret_file(f"--{option}-secret-file", path)
+    for warning in [*warnings, *length_warnings(f"--{option}-secret-file", secret)]:
+        click.echo(f"orion-iscsifs: warning: {warning}", err=True)
+    return secret
+
+
+def _chap(
+    user: str | None,
+    secret_file: Path | None,
+    mutual_user: str | None,
+    mutual_secret_file: Path | None,
+) -> Chap | None:
+    secret = _secret("chap", user, secret_file)
+    mutual = _secret("mutual", mutual_user, mutual_secret_file)
+    if user is None or secret is None:
+        if mutual is not None:
+            raise UsageError("--mutual-user needs --chap-user: a target never proves itself alone")
+        return None
+    if mutual is not None and mutual == secret:
+        raise UsageError("the two secrets are the same", advice="each direction needs its own")
+    return Chap(user=user, secret=secret, mutual_user=mutual_user, mutual_secret=mutual)
+
+
+@click.group()
+def target() -> None:
+    """The embedded iSCSI target, for trying things out and for tests."""
+
+
+@target.command("serve")
+@click.option(
+    "--listen", "listen", multiple=True, metavar="HOST:PORT", help="A portal; repeatable."
+)
+@click.option("--iqn", default=DEFAULT_IQN, show_default=True, metavar="NAME")
+@click.option(
+    "--lun",
+    "luns",
+    multiple=True,
+    required=True,
+    metavar="N=PATH[,size=SIZE][,ro][,block=4096]",
+    help="A logical unit; repeatable. PATH may be ram:SIZE.",
+)
+@click.option("--chap-user", metavar="U")
+@click.option("--chap-secret-file", type=click.Path(path_type=Path), metavar="F")
+@click.option("--mutual-user", metavar="U")
+@click.option("--mutual-secret-file", type=click.Path(path_type=Path), metavar="F")
+@click.option("--max-connections", type=int, default=1, metavar="N", help="Only 1 for now.")
+@click.option("--erl", type=int, default=0, metavar="N", help="Only 0 for now.")
+@click.option("--digests", is_flag=True, help="Insist on CRC32C for headers and data.")
+def serve_command(
+    listen: tuple[str, ...],
+    iqn: str,
+    luns: tuple[str, ...],
+    chap_user: str | None,
+    chap_secret_file: Path | None,
+    mutual_user: str | None,
+    mutual_secret_file: Path | None,
+    max_connections: int,
+    erl: int,
+    digests: bool,
+) -> None:
+    """Serve files or memory as iSCSI disks until SIGTERM or Ctrl-C."""
+    try:
+        if max_connections != 1:
+            raise UsageError("--max-connections: only 1 is supported so far")
+        if erl != 0:
+            raise UsageError("--erl: only 0 is supported so far")
+        if not _NAME.match(iqn):
+            raise UsageError(
+                f"--iqn {iqn}: not an iSCSI name", advice="iqn.YYYY-MM.reversed.domain:name"
+            )
+        units = [parse_lun(text) for text in luns]
+        if len({unit.number for unit in units}) != len(units):
+            raise UsageError("--lun: the same number twice")
+        portals = [parse_portal(text) for text in listen or (DEFAULT_LISTEN,)]
+        chap = _chap(chap_user, chap_secret_file, mutual_user, mutual_secret_file)
+        trio.run(_serve, iqn, units, portals, chap, Limits(digests=digests))
+    except OrionError as error:
+        click.echo(f"orion-iscsifs: {error.line}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+async def _serve(
+    iqn: str,
+    options: Sequence[LunOption],
+    portals: Sequence[tuple[str, int]],
+    chap: Chap | None,
+    limits: Limits,
+) -> None:
+    async with AsyncExitStack() as stack:
+        # Devices below, portals above: sessions end before a backing file is flushed and closed.
+        units: dict[int, BlockDevice] = {}
+        for option in options:
+            units[option.number] = await stack.enter_async_context(_device(option))
+        config = TargetConfig(iqn=iqn, units=units, chap=chap)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            running = await stack.enter_async_context(serve([config], portals, limits=limits))
+            click.echo(f"ready {running.url()}")
+            sys.stdout.flush()
+            async for _ in signals:
+                break
+
+
+def _device(option: LunOption) -> RamDevice | FileDevice:
+    if option.path is None:
+        assert option.size is not None
+        if option.size % option.block_bytes:
+            raise UsageError(f"--lun {option.number}: {option.size} bytes are not whole blocks")
+        return RamDevice(option.size, block_bytes=option.block_bytes, read_only=option.read_only)
+    return open_backing(
+        option.path,
+        size_bytes=option.size,
+        block_bytes=option.block_bytes,
+        read_only=option.read_only,
+    )
+
+
+if __name__ == "__main__":
+    target(prog_name="orion-iscsifs target")

@@ -1,0 +1,336 @@
+"""What the kernel asks and what we answer: one request, one `BlockDevice` call.
+
+Decisions
+---------
+* A device file behaves like a block device node: truncating it (also `O_TRUNC`) succeeds and
+  changes nothing, writing past the end is ENOSPC, a write that begins inside and reaches past the
+  end stores what fits and says how much, reading past the end is short.
+* `fsync` is the durability contract: it is `device.flush()`. `flush` (every `close(2)`) does
+  nothing: `losetup` and `dd` open and close a device all the time, as on a real one.
+* A handle opened with O_SYNC or O_DSYNC writes with `fua=True`.
+* Times are those of the mount and never move: a changed mtime would make the kernel drop its page
+  cache. Setting them is accepted, as `touch` and `cp -p` expect. Mode and owner belong to the
+  mount options, so changing them is EPERM.
+* Inodes live as long as the mount; `forget` has nothing to do.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileInfo,
+    FUSEError,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
+
+from orion_iscsifs.block.device import BlockDevice, Geometry
+from orion_iscsifs.config import FuseConfig
+from orion_iscsifs.fuse.buffers import BUFFER_BYTES, POOLED_BYTES_MIN, ReplyBuffers
+from orion_iscsifs.fuse.fixed import FixedOperations
+from orion_iscsifs.fuse.handlers import handler
+from orion_iscsifs.fuse.tree import Kind, Node, Tree
+
+VALID_S: Final = 3600.0
+"""How long the kernel may keep names and attributes; a new size is told at once."""
+BLOCK_BYTES: Final = 4096
+"""What statfs and stat give as the block size: the page, the least that the kernel caches."""
+SECTOR_BYTES: Final = 512
+"""Unit of st_blocks, whatever the device's block is."""
+
+_WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR
+_FUA_FLAGS: Final = os.O_SYNC | os.O_DSYNC
+_BY_HANDLE: Final = frozenset({"read", "write", "fsync"})
+"""Operations whose first argument is an open device file."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Requests of the kernel for one device file since the mount."""
+
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    errors: int = 0
+
+
+Content = Callable[[], bytes]
+"""Makes the text of one virtual file."""
+
+
+@dataclass(slots=True)
+class _File:
+    """A device file and what is asked of it in every request."""
+
+    node: Node
+    device: BlockDevice
+    size_bytes: int
+    read_only: bool
+    counters: "Counters"
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    file: _File
+    fua: bool
+
+
+class DeviceFiles(FixedOperations):
+    """The file system over `files`: relative path → device."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False  # it hides the order of writes and breaks online growth
+
+    def __init__(
+        self,
+        files: Mapping[str, BlockDevice],
+        *,
+        config: FuseConfig,
+        control: Mapping[str, Content] | None = None,
+    ) -> None:
+        super().__init__()
+        self.invalidate: Callable[[int], None] = lambda _inode: None
+        """Tells the kernel that an inode's attributes changed; set while mounted."""
+        self._config = config
+        self._control = {} if config.hide_control or control is None else dict(control)
+        self._tree = Tree(files, list(self._control))
+        self._files: dict[int, _File] = {}
+        for node in self._tree.devices():
+            device = files[node.path]
+            geometry = device.geometry
+            self._files[node.inode] = _File(
+                node, device, geometry.size_bytes, self._ro(geometry), Counters()
+            )
+            device.on_geometry_change(self._geometry_listener(node.inode))
+        self._handles: dict[int, _Handle] = {}
+        self._texts: dict[int, bytes] = {}
+        self._next_handle = 1
+        self._buffers = ReplyBuffers()
+        self._born_ns = time.time_ns()
+
+    # -- data ------------------------------------------------------------------------------------
+
+    @handler
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        handle = self._handles.get(fh)
+        if handle is None:
+            return self._texts[fh][off : off + size]
+        file = handle.file
+        file.counters.reads += 1
+        if off + size > file.size_bytes:
+            size = file.size_bytes - off
+            if size <= 0:
+                return b""
+        if size < POOLED_BYTES_MIN or size > BUFFER_BYTES:
+            fresh = bytearray(size)
+            await file.device.read_into(off, memoryview(fresh))
+            return fresh  # type: ignore[return-value]  # pyfuse3 takes any buffer
+        buffer = self._buffers.take()
+        reply = buffer[:size]
+        await file.device.read_into(off, reply)
+        # Nothing can run between here and the reply, so the buffer is free again already.
+        self._buffers.give_back(buffer)
+        return reply  # type: ignore[return-value]  # pyfuse3 takes any buffer
+
+    @handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._handles[fh]
+        file = handle.file
+        file.counters.writes += 1
+        room = file.size_bytes - off
+        if len(buf) <= room:
+            await file.device.write(off, buf, fua=handle.fua)
+            return len(buf)
+        if room <= 0:
+            raise FUSEError(errno.ENOSPC)
+        await file.device.write(off, memoryview(buf)[:room], fua=handle.fua)
+        return room
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self._handles.get(fh)
+        if handle is not None:
+            handle.file.counters.flushes += 1
+            await handle.file.device.flush()
+
+    @handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """A folder has nothing of its own: its files are made durable."""
+        for file in self._files.values():
+            if fh in {pyfuse3.ROOT_INODE, file.node.parent}:
+                await file.device.flush()
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        """Every close(2): durability is fsync's."""
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        node = self._node(inode)
+        writes = bool(flags & (_WRITE_FLAGS | os.O_TRUNC))
+        fh = self._next_handle
+        if node.kind is Kind.VIRTUAL:
+            if writes:
+                raise FUSEError(errno.EROFS)
+            self._texts[fh] = self._control[node.name.decode()]()
+            self._next_handle += 1
+            # Its size is not known before, and the kernel must not keep it.
+            return FileInfo(fh=fh, direct_io=True, keep_cache=False)
+        file = self._files[inode]
+        if writes and file.read_only:
+            raise FUSEError(errno.EROFS)
+        self._handles[fh] = _Handle(file, fua=bool(flags & _FUA_FLAGS))
+        self._next_handle += 1
+        return FileInfo(fh=fh, direct_io=False, keep_cache=True)
+
+    @handler
+    async def release(self, fh: int) -> None:
+        self._handles.pop(fh, None)
+        self._texts.pop(fh, None)
+
+    @handler
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        if self._node(inode).kind is not Kind.FOLDER:
+            raise FUSEError(errno.ENOTDIR)
+        return inode
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        for position, node in enumerate(self._tree.children(fh)[start_id:], start_id + 1):
+            if not pyfuse3.readdir_reply(token, node.name, self._attributes(node), position):
+                return
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        """Nothing is kept for an open folder."""
+
+    # -- names and attributes --------------------------------------------------------------------
+
+    @handler
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        node = self._tree.lookup(parent_inode, name)
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes(node)
+
+    @handler
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Inodes live as long as the mount."""
+
+    @handler
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes(self._node(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: int | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        node = self._node(inode)
+        now = self._attributes(node)
+        if fields.update_size and (node.kind is not Kind.DEVICE or self._files[inode].read_only):
+            raise FUSEError(errno.EROFS)
+        if (
+            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(now.st_mode))
+            or (fields.update_uid and attr.st_uid != now.st_uid)
+            or (fields.update_gid and attr.st_gid != now.st_gid)
+        ):
+            raise FUSEError(errno.EPERM)
+        return now
+
+    @handler
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """The kernel checks modes itself (`default_permissions`)."""
+        return True
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """A full disk: everything there is belongs to the device files."""
+        reply = StatvfsData()
+        reply.f_bsize = reply.f_frsize = BLOCK_BYTES
+        total = sum(file.size_bytes for file in self._files.values())
+        reply.f_blocks = -(-total // BLOCK_BYTES)
+        reply.f_files = len(self._files)
+        reply.f_namemax = 255
+        return reply
+
+    # -- what others ask -------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, Counters]:
+        """Path → counters."""
+        return {file.node.path: file.counters for file in self._files.values()}
+
+    def failed(self, operation: str, error: Exception, args: tuple[object, ...]) -> int:
+        before = self.failures.errors
+        code = super().failed(operation, error, args)
+        if operation in _BY_HANDLE and isinstance(args[0], int):
+            handle = self._handles.get(args[0])
+            if handle is not None:
+                handle.file.counters.errors += self.failures.errors - before
+        return code
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _node(self, inode: int) -> Node:
+        node = self._tree.node(inode)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
+        return node
+
+    def _ro(self, geometry: Geometry) -> bool:
+        return geometry.read_only or self._config.read_only
+
+    def _geometry_listener(self, inode: int) -> Callable[[Geometry], None]:
+        def changed(geometry: Geometry) -> None:
+            file = self._files[inode]
+            file.size_bytes, file.read_only = geometry.size_bytes, self._ro(geometry)
+            self.invalidate(inode)
+
+        return changed
+
+    def _attributes(self, node: Node) -> EntryAttributes:
+        config = self._config
+        entry = EntryAttributes()
+        entry.st_ino = node.inode
+        entry.entry_timeout = entry.attr_timeout = VALID_S
+        entry.st_uid = os.getuid() if config.uid is None else config.uid
+        entry.st_gid = os.getgid() if config.gid is None else config.gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._born_ns
+        entry.st_blksize = BLOCK_BYTES
+        if node.kind is Kind.FOLDER:
+            entry.st_mode = stat.S_IFDIR | self._folder_mode(node)
+            entry.st_nlink = 2 + self._tree.folders_in(node.inode)
+            return entry
+        entry.st_nlink = 1
+        if node.kind is Kind.VIRTUAL:
+            entry.st_mode = stat.S_IFREG | 0o400
+            entry.st_size = len(self._control[node.name.decode()]())
+            entry.attr_timeout = 0
+            return entry
+        entry.st_mode = stat.S_IFREG | config.mode
+        entry.st_size = self._files[node.inode].size_bytes
+        # Dense: no program may take a device for a file with holes.
+        entry.st_blocks = entry.st_size // SECTOR_BYTES
+        return entry
+
+    def _folder_mode(self, node: Node) -> int:
+        """Whoever may read a file may reach it: r becomes r-x, write permission is nobody's."""
+        if node.is_control:
+            return 0o500
+        readable = self._config.mode & 0o444
+        return 0o500 | readable | readable >> 2

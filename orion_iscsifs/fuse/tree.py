@@ -1,0 +1,105 @@
+"""Which files the mount has: names and inode numbers. Pure; it never changes once built."""
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from orion_iscsifs.errors import MountError
+
+ROOT_INODE: Final = 1
+CONTROL_FOLDER: Final = ".orion"
+_NAME_BYTES_MAX: Final = 255
+
+
+class Kind(enum.Enum):
+    FOLDER = enum.auto()
+    DEVICE = enum.auto()
+    """One LUN."""
+    VIRTUAL = enum.auto()
+    """Text made when it is opened (`.orion/`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """`path` is relative to the mount point, the root's is ''."""
+
+    inode: int
+    parent: int
+    name: bytes
+    path: str
+    kind: Kind
+    is_control: bool = False
+    """`.orion` and what is in it."""
+
+
+class Tree:
+    """All nodes, by inode and by name."""
+
+    def __init__(self, devices: Iterable[str], virtual: Sequence[str] = ()) -> None:
+        """`devices` are relative paths, `virtual` names inside `.orion` (none: no `.orion`)."""
+        root = Node(ROOT_INODE, ROOT_INODE, b"", "", Kind.FOLDER)
+        self._nodes: dict[int, Node] = {ROOT_INODE: root}
+        self._by_name: dict[tuple[int, bytes], Node] = {}
+        self._children: dict[int, list[Node]] = {ROOT_INODE: []}
+        for path in devices:
+            self._add_path(path, Kind.DEVICE)
+        for name in virtual:
+            self._add_path(f"{CONTROL_FOLDER}/{name}", Kind.VIRTUAL)
+
+    def node(self, inode: int) -> Node | None:
+        return self._nodes.get(inode)
+
+    def lookup(self, parent: int, name: bytes) -> Node | None:
+        """The node of that name; `.` and `..` as well, since NFS export asks for them."""
+        if name == b".":
+            return self._nodes.get(parent)
+        if name == b"..":
+            folder = self._nodes.get(parent)
+            return None if folder is None else self._nodes.get(folder.parent)
+        return self._by_name.get((parent, name))
+
+    def children(self, inode: int) -> Sequence[Node]:
+        """In the order in which they were added."""
+        return self._children.get(inode, ())
+
+    def devices(self) -> list[Node]:
+        return [node for node in self._nodes.values() if node.kind is Kind.DEVICE]
+
+    def folders_in(self, inode: int) -> int:
+        """How many folders it holds: 2 more is its link count."""
+        return sum(node.kind is Kind.FOLDER for node in self.children(inode))
+
+    def _add_path(self, path: str, kind: Kind) -> None:
+        *folders, last = path.split("/")
+        if kind is Kind.DEVICE and path.split("/")[0] == CONTROL_FOLDER:
+            raise MountError(f"file {path!r}: the name {CONTROL_FOLDER} is taken")
+        parent = self._nodes[ROOT_INODE]
+        for name in folders:
+            parent = self._add(parent, name, Kind.FOLDER)
+        self._add(parent, last, kind)
+
+    def _add(self, parent: Node, name: str, kind: Kind) -> Node:
+        encoded = _encoded(name)
+        existing = self._by_name.get((parent.inode, encoded))
+        if existing is not None:
+            if kind is Kind.FOLDER is existing.kind:
+                return existing
+            raise MountError(f"file {existing.path!r}: there are two of this name")
+        path = f"{parent.path}/{name}" if parent.path else name
+        is_control = path.split("/")[0] == CONTROL_FOLDER
+        node = Node(len(self._nodes) + 1, parent.inode, encoded, path, kind, is_control)
+        self._nodes[node.inode] = node
+        self._by_name[parent.inode, encoded] = node
+        self._children[parent.inode].append(node)
+        if kind is Kind.FOLDER:
+            self._children[node.inode] = []
+        return node
+
+
+def _encoded(name: str) -> bytes:
+    """The name as bytes. Names come from a target, so they are checked, never asserted."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if encoded in {b"", b".", b".."} or b"\0" in encoded or len(encoded) > _NAME_BYTES_MAX:
+        raise MountError(f"name {name!r}: can't be the name of a file")
+    return encoded

@@ -1,0 +1,1 @@
+"""What a running mount says about itself: status, metrics, and the control socket."""

@@ -1,0 +1,74 @@
+"""The status document as Prometheus text (`.orion/metrics`)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_PREFIX: Final = "orion_iscsifs"
+_LUN_GAUGES: Final = {
+    "size_bytes": "capacity of the LUN",
+    "dirty_bytes": "bytes that the target does not have yet",
+    "oldest_dirty_age_s": "age of the oldest of them in seconds",
+}
+_LUN_COUNTERS: Final = {
+    "reads": "read requests",
+    "writes": "write requests",
+    "flushes": "flush requests",
+    "errors": "failed requests",
+    "cache_hits": "reads answered from the cache",
+    "cache_misses": "reads that went to the target",
+}
+
+
+class _StatusCollector(Collector):
+    def __init__(self, mount: Mapping[str, Any]) -> None:
+        self._mount = mount
+
+    def collect(self) -> Iterator[Metric]:
+        mountpoint = str(self._mount["mountpoint"])
+        state = GaugeMetricFamily(
+            f"{_PREFIX}_mount_state", "1 for the present state", labels=["mountpoint", "state"]
+        )
+        state.add_metric([mountpoint, str(self._mount["state"])], 1)
+        yield state
+        yield self._sessions(mountpoint)
+        for key, text in _LUN_GAUGES.items():
+            yield self._luns(GaugeMetricFamily, mountpoint, key, text)
+        for key, text in _LUN_COUNTERS.items():
+            yield self._luns(CounterMetricFamily, mountpoint, key, text)
+
+    def _luns(
+        self,
+        family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        mountpoint: str,
+        key: str,
+        text: str,
+    ) -> Metric:
+        name = key.removesuffix("_s") + ("_seconds" if key.endswith("_age_s") else "")
+        metric = family(f"{_PREFIX}_lun_{name}", text, labels=["mountpoint", "lun"])
+        for lun in self._mount["luns"]:
+            if lun.get(key) is not None:
+                metric.add_metric([mountpoint, str(lun["name"])], lun[key])
+        return metric
+
+    def _sessions(self, mountpoint: str) -> Metric:
+        metric = GaugeMetricFamily(
+            f"{_PREFIX}_session_logged_in",
+            "1 while the session is logged in",
+            labels=["mountpoint", "target"],
+        )
+        for session in self._mount["sessions"]:
+            labels = [mountpoint, str(session["target"])]
+            metric.add_metric(labels, float(session["state"] == "logged-in"))
+        return metric
+
+
+def prometheus_text(mount: Mapping[str, Any]) -> str:
+    """`mount` is one entry of the status document."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_StatusCollector(mount))
+    return generate_latest(registry).decode()

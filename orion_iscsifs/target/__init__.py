@@ -1,0 +1,35 @@
+"""The embedded iSCSI target: the other role of `protocol/`, over any `BlockDevice`.
+
+`serve()` is the whole API for a program; `orion-iscsifs target serve` is the same for a user.
+
+    server.py       listeners, portals, the registry of sessions, the handle that tests hold
+    login.py        one connection from its first byte to full feature phase
+    connection.py   one TCP connection: bytes in, PDUs out, many of each per wake-up
+    session.py      command window, dispatch, responses
+    tasks.py        one SCSI command: its write data, its residuals
+    management.py   task management functions
+    texts.py        Text Requests: SendTargets
+    unit.py         a logical unit: a device, its identity, the sessions that use it
+    commands.py     SCSI commands that move or change blocks
+    inquiries.py    SCSI commands that only tell
+    backing.py      files and memory as devices
+    faults.py       misbehaviour on demand, for tests
+"""
+
+from orion_iscsifs.target.backing import FileDevice, InlineDevice, RamDevice, open_backing
+from orion_iscsifs.target.faults import Fault, Faults
+from orion_iscsifs.target.server import Running, serve
+from orion_iscsifs.target.settings import Chap, TargetConfig
+
+__all__ = [
+    "Chap",
+    "Fault",
+    "Faults",
+    "FileDevice",
+    "InlineDevice",
+    "RamDevice",
+    "Running",
+    "TargetConfig",
+    "open_backing",
+    "serve",
+]

@@ -1,0 +1,104 @@
+"""What outlives a connection: targets, their sessions, and figures about both."""
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING
+
+from orion_iscsifs.protocol.login import LoginStatus, TargetLogin, status_error
+from orion_iscsifs.scsi.sense import SenseData
+from orion_iscsifs.target.settings import Limits, TargetConfig
+from orion_iscsifs.target.unit import Units
+
+if TYPE_CHECKING:
+    from orion_iscsifs.target.session import Session
+
+PORTAL_GROUP_TAG = 1
+_TSIH_MAX = 0xFFFF
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts since the start; `commands` by SCSI operation code."""
+
+    logins: int = 0
+    refused_logins: int = 0
+    discoveries: int = 0
+    reinstatements: int = 0
+    last_isid: bytes = b""
+    last_initiator_name: str = ""
+    commands: list[int] = field(default_factory=lambda: [0] * 256)
+    late_data_out: int = 0
+    """Data-Out PDUs of tasks that were gone."""
+    rejects: int = 0
+    protocol_errors: int = 0
+    last_error: str = ""
+
+
+class Target:
+    """One target node and its sessions, by initiator name and ISID (RFC 7143 §4.4.3)."""
+
+    def __init__(self, config: TargetConfig, limits: Limits, stats: Stats) -> None:
+        self.config = config
+        self.limits = limits
+        self.faults = config.faults
+        self.units = Units(config.iqn, config.units, limits.transfer_bytes_max)
+        self.sessions: dict[tuple[str, bytes], Session] = {}
+        self.stats = stats
+
+    @property
+    def iqn(self) -> str:
+        return self.config.iqn
+
+    def session_with(self, tsih: int) -> "Session | None":
+        return next((s for s in self.sessions.values() if s.tsih == tsih), None)
+
+    async def admit(self, session: "Session") -> None:
+        """Make `session` the one of its nexus.
+
+        Session reinstatement (RFC 7143 §6.3.5): an old session of the same initiator port ends
+        first, its tasks and their last writes included. Only then the login is answered, so no
+        write of the old session lands after the new one begins.
+        """
+        while (old := self.sessions.get(session.nexus)) is not None:
+            self.stats.reinstatements += 1
+            await old.end()
+        self.sessions[session.nexus] = session
+        self.units.listeners.append(session.add_attention)
+        self.stats.logins += 1
+        self.stats.last_isid = session.isid
+        self.stats.last_initiator_name = session.initiator_name
+
+    def forget(self, session: "Session") -> None:
+        """`session` is over."""
+        if self.sessions.get(session.nexus) is session:
+            del self.sessions[session.nexus]
+            self.units.listeners.remove(session.add_attention)
+
+    def announce(self, number: int, attention: SenseData, *, but: "Session | None" = None) -> None:
+        """A unit attention for every session except `but`."""
+        for session in self.sessions.values():
+            if session is not but:
+                session.add_attention(number, attention)
+
+
+class Registry:
+    """All targets of a server and the TSIHs in use."""
+
+    def __init__(self, targets: list[Target]) -> None:
+        self.targets = {target.iqn: target for target in targets}
+        self._tsihs = count(1)
+
+    def assign_tsih(self, login: TargetLogin) -> int:
+        """The TSIH of a new session; one connection per session, so none can be joined."""
+        if login.requested_tsih:
+            target = self.targets.get(login.target_name or "")
+            known = target is not None and target.session_with(login.requested_tsih) is not None
+            status = (
+                LoginStatus.TOO_MANY_CONNECTIONS if known else LoginStatus.SESSION_DOES_NOT_EXIST
+            )
+            raise status_error(status, f"TSIH {login.requested_tsih:#x} can't be joined")
+        used = {s.tsih for target in self.targets.values() for s in target.sessions.values()}
+        while True:
+            number = next(self._tsihs) % _TSIH_MAX + 1
+            if number not in used:
+                return number

@@ -1,0 +1,148 @@
+"""`scripts/bench`: the same workloads on both sides, alternating, in one run."""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from orion_bench.measure import Figure, measure
+from orion_bench.report import OURS, THEIRS, as_json, print_table
+from orion_bench.sides import Lun, OrionSide, QemuSide, Side
+from orion_bench.workloads import BY_NAME, MEBIBYTE, Workload
+from orion_iscsifs.testing.programs import ProgramFailed
+from orion_iscsifs.testing.tgt import Tgt
+
+IQN = "iqn.2024-01.org.example:bench"
+
+
+@contextlib.contextmanager
+def temporary_folder(where: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="orion-bench-", dir=where))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fill(path: Path, size_bytes: int) -> None:
+    """Real pages with bytes that do not compress, so that no layer gets away with a zero."""
+    block = os.urandom(MEBIBYTE)
+    with path.open("wb") as file:
+        for _ in range(size_bytes // MEBIBYTE):
+            file.write(block)
+
+
+@contextlib.contextmanager
+def served_lun(folder: Path, size_bytes: int) -> Iterator[Lun]:
+    backing = folder / "backing.img"
+    fill(backing, size_bytes)
+    with Tgt(folder) as daemon:
+        target = daemon.add_target(IQN)
+        target.add_lun(1, backing)
+        yield Lun(daemon, target)
+
+
+def _chosen(_context: click.Context, _parameter: click.Parameter, value: str) -> list[Workload]:
+    names = value.split(",") if value else list(BY_NAME)
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise click.BadParameter(f"no workload {unknown[0]!r}; there are {', '.join(BY_NAME)}")
+    return [BY_NAME[name] for name in names]
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.option("--workloads", callback=_chosen, default="", help="Comma-separated; default: all.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True)
+@click.option("--lun-mib", type=click.IntRange(128), default=2048, show_default=True)
+@click.option("--sides", default=f"{OURS},{THEIRS}", show_default=True)
+@click.option("--cache", default="writeback", show_default=True, help="cache= of our mount.")
+@click.option("--cache-size", default="256M", show_default=True, help="Where the cache counts.")
+@click.option("--small-cache-size", default="64M", show_default=True, help="Where it shouldn't.")
+@click.option("--option", "-o", "options", multiple=True, help="Further mount option of ours.")
+@click.option("--json", "as_document", is_flag=True, help="One JSON document on stdout.")
+def main(
+    workloads: list[Workload],
+    rounds: int,
+    seconds: float,
+    lun_mib: int,
+    sides: str,
+    cache: str,
+    cache_size: str,
+    small_cache_size: str,
+    options: tuple[str, ...],
+    as_document: bool,
+) -> None:
+    """Measure this project's mount next to qemu-storage-daemon's FUSE export of the same LUN.
+
+    The LUN is a file in memory served by a tgtd of the benchmark's own. Rounds alternate between
+    the two sides; the table shows medians and the ratio.
+    """
+    progress = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _terminate)
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own inside it
+    with temporary_folder(memory) as folder, served_lun(folder, lun_mib * MEBIBYTE) as lun:
+        known: dict[str, Side] = {
+            OURS: OrionSide(lun, folder, cache, cache_size, small_cache_size, options),
+            THEIRS: QemuSide(lun, folder),
+        }
+        names = sides.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise click.BadParameter(f"no side {unknown[0]!r}; there are {', '.join(known)}")
+        results = run_rounds(
+            workloads, [known[name] for name in names], rounds, seconds, progress=progress
+        )
+    if as_document:
+        click.echo(as_json(workloads, results))
+    else:
+        print_table(Console(width=140), workloads, results)
+
+
+def run_rounds(
+    workloads: list[Workload],
+    sides: list[Side],
+    rounds: int,
+    seconds: float,
+    *,
+    progress: Console,
+) -> dict[str, dict[str, list[Figure]]]:
+    """Every workload on every side, `rounds` times; neighbours in time are the two sides."""
+    results: dict[str, dict[str, list[Figure]]] = {
+        workload.name: {side.name: [] for side in sides} for workload in workloads
+    }
+    for number in range(1, rounds + 1):
+        for workload in workloads:
+            # Who goes first changes, so that neither profits from its place.
+            for side in sides if number % 2 else reversed(sides):
+                figure = measure(side, workload, seconds=seconds)
+                results[workload.name][side.name].append(figure)
+                progress.print(
+                    f"round {number}  {workload.name:17} {side.name:14}"
+                    f" {figure.rate:>10,.0f} {workload.unit.value}",
+                    highlight=False,
+                )
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ProgramFailed as error:
+        click.echo(f"bench: {error}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("bench: interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,141 @@
+"""What a user meets when the address is wrong, and who answers there."""
+
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from orion_iscsifs.config import AuthConfig, ChapCredentials, Secret, SessionConfig
+from orion_iscsifs.errors import (
+    AuthenticationFailed,
+    ConnectFailed,
+    LoginError,
+    NotIscsi,
+    OrionError,
+    ProtocolViolation,
+    TargetNotFound,
+)
+from orion_iscsifs.initiator.dial import Nexus, Portal, dial
+from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, NopIn
+from tests.initiator.peer import ISID, OFFER, TARGET, PlayedConnection, PlayedTarget
+
+
+def config(login_timeout_s: float = 5, auth: AuthConfig | None = None) -> SessionConfig:
+    return SessionConfig(
+        initiator_name="iqn.2026-11.org.example:tester",
+        login_timeout_s=login_timeout_s,
+        auth=auth or AuthConfig(),
+    )
+
+
+async def dial_played(
+    play: Callable[[PlayedConnection], Awaitable[object]], settings: SessionConfig | None = None
+) -> None:
+    """Log in to a target that does `play`; the login's error leaves as itself."""
+    target = PlayedTarget()
+    nexus = Nexus(target_name=TARGET, isid=ISID, config=settings or config())
+    failure: OrionError | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def accept() -> None:
+                await play(await target.accept())
+
+            nursery.start_soon(accept)
+            try:
+                (await dial(target.portal, nexus, cmd_sn=1)).wire.close()
+            except OrionError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        target.close()
+    if failure is not None:
+        raise failure
+
+
+def portal_without_listener() -> Portal:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return Portal("127.0.0.1", listener.getsockname()[1])
+
+
+async def test_nobody_listens() -> None:
+    portal = portal_without_listener()
+    nexus = Nexus(target_name=TARGET, isid=ISID, config=config())
+    with pytest.raises(ConnectFailed, match=f"{portal}: connection refused") as caught:
+        await dial(portal, nexus, cmd_sn=1)
+    assert "check that the target runs" in caught.value.line
+
+
+async def test_the_name_does_not_exist() -> None:
+    nexus = Nexus(target_name=TARGET, isid=ISID, config=config())
+    with pytest.raises(ConnectFailed, match=r"no-such-host\.invalid:3260: host name not found"):
+        await dial(Portal("no-such-host.invalid"), nexus, cmd_sn=1)
+
+
+async def test_an_http_server_is_told_apart() -> None:
+    async def http(peer: PlayedConnection) -> None:
+        await peer.expect(LoginRequest)
+        await peer.wire.send([b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + b" " * 30])
+
+    with pytest.raises(NotIscsi, match="the answer is not iSCSI"):
+        await dial_played(http)
+
+
+async def test_a_server_that_hangs_up_is_told_apart() -> None:
+    async def hang_up(peer: PlayedConnection) -> None:
+        await peer.expect(LoginRequest)
+        peer.cut()
+
+    with pytest.raises(NotIscsi, match="closed before any answer"):
+        await dial_played(hang_up)
+
+
+async def test_a_silent_server_runs_into_login_timeout() -> None:
+    async def silent(_peer: PlayedConnection) -> None:
+        await trio.sleep_forever()
+
+    with pytest.raises(ConnectFailed, match=r"login did not end within 0\.1 s"):
+        await dial_played(silent, config(login_timeout_s=0.1))
+
+
+async def test_a_pdu_of_the_full_feature_phase_has_no_place_in_the_login() -> None:
+    async def nop(peer: PlayedConnection) -> None:
+        await peer.expect(LoginRequest)
+        await peer.reply(NopIn())
+
+    with pytest.raises(ProtocolViolation, match=r"NOP-In: during the login phase.*§6\.3"):
+        await dial_played(nop)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (0x0201, AuthenticationFailed, "authentication"),
+        (0x0203, TargetNotFound, TARGET),
+        (0x0202, LoginError, "not allowed|authoriz"),
+    ],
+)
+async def test_a_refused_login_says_why(status: int, kind: type[LoginError], words: str) -> None:
+    async def refuse(peer: PlayedConnection) -> None:
+        request = await peer.expect(LoginRequest)
+        response = LoginResponse(request.isid, request.initiator_task_tag)
+        response.status_class, response.status_detail = status >> 8, status & 0xFF
+        await peer.reply(response)
+
+    with pytest.raises(kind, match=f"(?i){words}") as caught:
+        await dial_played(refuse)
+    assert (caught.value.status_class, caught.value.status_detail) == (2, status & 0xFF)
+
+
+async def test_a_target_that_skips_authentication_is_refused() -> None:
+    """Checklist 43: with credentials set the initiator fails closed (RFC 7143 §9.2)."""
+    secret = Secret("not-shown-anywhere")
+    auth = AuthConfig(initiator=ChapCredentials(user="me", secret=secret))
+
+    async def lets_anyone_in(peer: PlayedConnection) -> None:
+        await peer.login(OFFER)
+
+    with pytest.raises(AuthenticationFailed) as caught:
+        await dial_played(lets_anyone_in, config(auth=auth))
+    assert "not-shown" not in caught.value.line

@@ -1,0 +1,1 @@
+"""The product through its command line, with other people's targets, tools and file systems."""

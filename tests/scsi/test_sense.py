@@ -1,0 +1,127 @@
+"""Sense data in both formats, and what an initiator makes of it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orion_iscsifs.errors import LunNotFound, NotSupported, OutOfRange, ScsiError, WriteProtected
+from orion_iscsifs.scsi import sense
+from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status
+from orion_iscsifs.scsi.verdict import Action, error, judge
+
+FIXED = bytes.fromhex("f000 05 00001234 0a 00000000 2100 00000000")
+DESCRIPTOR = bytes.fromhex("72 05 21 00 000000 0c 00 0a 80 00 0000000100001234")
+
+
+def test_fixed_format_golden() -> None:
+    data = SenseData(SenseKey.ILLEGAL_REQUEST, 0x21, 0, information=0x1234)
+    assert sense.encode_sense(data) == FIXED
+    assert sense.decode_sense(FIXED) == data
+
+
+def test_descriptor_format_golden() -> None:
+    data = SenseData(SenseKey.ILLEGAL_REQUEST, 0x21, 0, information=0x1_0000_1234)
+    assert sense.encode_sense(data, descriptor_format=True) == DESCRIPTOR
+    assert sense.decode_sense(DESCRIPTOR) == data
+
+
+def test_fixed_format_leaves_out_an_lba_that_does_not_fit() -> None:
+    data = sense.encode_sense(SenseData(5, 0x21, 0, information=1 << 32))
+    assert data[0] == 0x70
+    assert sense.decode_sense(data).information is None
+
+
+senses = st.builds(
+    SenseData,
+    key=st.integers(0, 15),
+    asc=st.integers(0, 255),
+    ascq=st.integers(0, 255),
+    information=st.none() | st.integers(0, (1 << 32) - 1),
+    deferred=st.booleans(),
+)
+
+
+@given(data=senses, descriptor_format=st.booleans())
+def test_round_trip(data: SenseData, descriptor_format: bool) -> None:
+    assert sense.decode_sense(sense.encode_sense(data, descriptor_format=descriptor_format)) == data
+    assert sense.sense_of_response(sense.response_segment(data)) == data
+
+
+@given(st.binary(max_size=300))
+def test_hostile_sense_never_raises(raw: bytes) -> None:
+    for decoded in (sense.decode_sense(raw), sense.sense_of_response(raw)):
+        assert decoded.describe()
+        assert judge(Status.CHECK_CONDITION, decoded) in Action
+
+
+def test_sense_length_beyond_the_segment_is_cut() -> None:
+    decoded = sense.sense_of_response(b"\xff\xff" + FIXED)
+    assert (decoded.key, decoded.asc) == (5, 0x21)
+    assert sense.sense_of_response(b"") == SenseData()
+
+
+def test_words() -> None:
+    assert sense.LBA_OUT_OF_RANGE.describe() == (
+        "illegal request, logical block address out of range (5/21/00)"
+    )
+    assert SenseData(9, 0x80, 1).describe() == "vendor specific (9/80/01)"
+    assert SenseData(0xC, 0, 0).describe() == "sense key C (C/00/00)"
+    assert sense.status_name(0x28) == "TASK SET FULL"
+    assert sense.status_name(0x77) == "status 77h"
+
+
+@pytest.mark.parametrize(
+    ("status", "data", "action"),
+    [
+        (Status.GOOD, None, Action.DONE),
+        (Status.CONDITION_MET, None, Action.DONE),
+        (Status.BUSY, None, Action.RETRY_AFTER_DELAY),
+        (Status.TASK_SET_FULL, None, Action.RETRY_AFTER_DELAY),
+        (Status.TASK_ABORTED, None, Action.RETRY),
+        (Status.RESERVATION_CONFLICT, None, Action.FAIL),
+        (0x77, None, Action.FAIL),
+        (Status.CHECK_CONDITION, None, Action.RETRY),
+        (Status.CHECK_CONDITION, SenseData(6, 0x29, 0), Action.RETRY),
+        (Status.CHECK_CONDITION, SenseData(6, 0x2A, 9), Action.REREAD_CAPACITY),
+        (Status.CHECK_CONDITION, SenseData(6, 0x3F, 0x0E), Action.RESCAN_LUNS),
+        (Status.CHECK_CONDITION, SenseData(6, 0x47, 0x7F), Action.RETRY),
+        (Status.CHECK_CONDITION, SenseData(2, 0x04, 0x01), Action.RETRY_AFTER_DELAY),
+        (Status.CHECK_CONDITION, SenseData(2, 0x3A, 0x00), Action.FAIL),
+        (Status.CHECK_CONDITION, SenseData(0xB, 0x0C, 0x0C), Action.TRANSPORT_RETRY),
+        (Status.CHECK_CONDITION, SenseData(0xB, 0x0C, 0x0D), Action.TRANSPORT_RETRY),
+        (Status.CHECK_CONDITION, SenseData(0xB, 0x47, 0x05), Action.TRANSPORT_RETRY),
+        (Status.CHECK_CONDITION, SenseData(0xB, 0x11, 0x13), Action.TRANSPORT_RETRY),
+        (Status.CHECK_CONDITION, SenseData(0xB, 0x4B, 0x00), Action.RETRY),
+        (Status.CHECK_CONDITION, SenseData(1, 0x17, 0x01), Action.DONE),
+        (Status.CHECK_CONDITION, SenseData(3, 0x11, 0x00), Action.FAIL),
+        (Status.CHECK_CONDITION, SenseData(1, 0x0C, 0x00, deferred=True), Action.FAIL),
+    ],
+)
+def test_what_an_initiator_does(status: int, data: SenseData | None, action: Action) -> None:
+    assert judge(status, data) is action
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (sense.WRITE_PROTECTED, WriteProtected),
+        (sense.SPACE_ALLOCATION_FAILED, ScsiError),
+        (sense.LBA_OUT_OF_RANGE, OutOfRange),
+        (sense.LUN_NOT_SUPPORTED, LunNotFound),
+        (sense.INVALID_OPCODE, NotSupported),
+        (sense.UNRECOVERED_READ_ERROR, ScsiError),
+    ],
+)
+def test_errors(data: SenseData, kind: type[Exception]) -> None:
+    raised = error("WRITE of lun1", Status.CHECK_CONDITION, data)
+    assert type(raised) is kind
+    assert str(raised) == f"WRITE of lun1: {data.describe()}"
+
+
+def test_errors_keep_the_numbers() -> None:
+    raised = error("READ", Status.CHECK_CONDITION, SenseData(3, 0x11, 4))
+    assert isinstance(raised, ScsiError)
+    assert (raised.sense_key, raised.asc, raised.ascq) == (3, 0x11, 4)
+    conflict = error("READ", Status.RESERVATION_CONFLICT)
+    assert isinstance(conflict, ScsiError)
+    assert conflict.line == "READ: RESERVATION CONFLICT (another host has reserved the LUN)"
