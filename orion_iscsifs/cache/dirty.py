@@ -182,7 +182,8 @@ class DirtyFrames:
     def end_rest(self, now: float = float("inf")) -> None:
         """Give frames whose write-back failed another try, if their rest is over by `now`."""
         for number in [number for number, (at, _) in self._resting.items() if at <= now]:
-            self._dirty[number] = self._resting.pop(number)[1]
+            frame = self._resting.pop(number)[1]
+            self._dirty[number] = self._wanted[number] = frame
 
     def next_deadline(self, age_s: float) -> float | None:
         """When data will be `age_s` old or a rest over, whichever is first."""

@@ -139,7 +139,7 @@ def target() -> None:
 @click.option("--mutual-secret-file", type=click.Path(path_type=Path), metavar="F")
 @click.option("--max-connections", type=int, default=1, metavar="N", help="Only 1 for now.")
 @click.option("--erl", type=int, default=0, metavar="N", help="Only 0 for now.")
-@click.option("--digests", is_flag=True, help="Insist on CRC32C for headers and data.")
+@click.option("--digests", is_flag=True, help="Insist on header digests.")
 def serve_command(
     listen: tuple[str, ...],
     iqn: str,

@@ -84,7 +84,9 @@ def _end(
                 raise
             mountpoints.unmount(mountpoint, lazy=True)
             warn(f"{mountpoint} was in use; its users see an error from now on")
-            _abandon_or_stop(client, process, lossless=flushed)
+            if flushed:
+                # Detached lazily, it lives on while it is used: the daemon has to be told to end.
+                _tell(process, signal.SIGTERM)
     if _exited(process, deadline.left_s() if flushed else 0.0):
         return
     if not force:
@@ -126,23 +128,12 @@ def flush_with_progress(client: ControlClient, *, timeout_s: float | None = None
                 raise MountError(f"{left} bytes are not on the target after {timeout_s:g} s")
 
 
-def _abandon_or_stop(client: ControlClient, process: int, *, lossless: bool) -> None:
-    """A lazily detached mount lives on while it is used: the daemon has to be told to end."""
-    if lossless:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGTERM)
-    else:
-        with suppress(MountError):
-            client.ask("abandon", timeout_s=ABANDON_TIMEOUT_S)
-
-
 def _abandon(mountpoint: str, client: ControlClient, process: int) -> None:
     lost: object = "unknown"
     with suppress(MountError):
         lost = client.ask("abandon", timeout_s=ABANDON_TIMEOUT_S).get("dirty_bytes")
     if not _exited(process, ABANDON_TIMEOUT_S):
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGKILL)
+        _tell(process, signal.SIGKILL)
         _exited(process, None)
     warn(f"umount {mountpoint}: given up, bytes that never reached the target: {lost}")
 
@@ -187,6 +178,11 @@ def _process(client: ControlClient) -> Iterator[int]:
         yield process
     finally:
         os.close(process)
+
+
+def _tell(process: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)
 
 
 def _exited(process: int, timeout_s: float | None) -> bool:

@@ -40,6 +40,7 @@ class _Budget:
     retries: int = _RETRIES_MAX
     pause_s: float = _BUSY_PAUSE_FIRST_S
     busy_until: float | None = None
+    busy_answers: int = 0
 
 
 class LogicalUnit:
@@ -116,7 +117,9 @@ class LogicalUnit:
             now = trio.current_time()
             if budget.busy_until is None:
                 budget.busy_until = now + self.session.nexus.config.command_timeout_s
-            if now >= budget.busy_until:
+            budget.busy_answers += 1
+            # Time alone does not prove it busy: an outage may have taken that time.
+            if now >= budget.busy_until and budget.busy_answers > _RETRIES_MAX:
                 raise self._failure(what, task, sense)
             await trio.sleep(budget.pause_s)
             budget.pause_s = min(2 * budget.pause_s, _BUSY_PAUSE_MAX_S)

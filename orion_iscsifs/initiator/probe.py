@@ -10,13 +10,15 @@ from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.scsi import cdb, inquiry, mode
 from orion_iscsifs.scsi.capacity import Capacity, decode_capacity_10, decode_capacity_16
 from orion_iscsifs.scsi.inquiry import BlockLimits, Provisioning, StandardInquiry, VpdPage
-from orion_iscsifs.scsi.lun import decode_report_luns, report_luns_length
+from orion_iscsifs.scsi.lun import decode_lun, decode_report_luns, report_luns_length
 from orion_iscsifs.scsi.mode import ModeParameters
 
 TRANSFER_BYTES_MAX: Final = 1 << 20
 """Our own limit for one READ or WRITE when the device states none or a larger one."""
 _ALLOCATION_BYTES: Final = 252
 _REPORT_LUNS_BYTES: Final = 8 + 256 * 8
+_REPORT_LUNS_BYTES_MAX: Final = 8 + 16384 * 8
+"""All that one level of addressing can name (SAM-5 §4.7)."""
 _QUALIFIER_ABSENT: Final = inquiry.QUALIFIER_NOT_CAPABLE
 
 _T = TypeVar("_T")
@@ -59,14 +61,18 @@ class LunInfo:
 
 
 async def report_luns(unit: LogicalUnit) -> list[int]:
-    """The numbers of all logical units of the target (SPC-4 §6.33), in its order."""
+    """The numbers of all logical units of the target (SPC-4 §6.33), in its order.
+
+    Addresses of more than one level are left out: nothing here can name them.
+    """
     size = _REPORT_LUNS_BYTES
     while True:
         data = await _ask(unit, "REPORT LUNS", cdb.report_luns(size), size)
-        needed = report_luns_length(data) + 8
-        if needed <= size:
-            return decode_report_luns(data)
-        size = needed
+        needed = report_luns_length(data)
+        if needed <= size or size == _REPORT_LUNS_BYTES_MAX:
+            numbers = (decode_lun(lun) for lun in decode_report_luns(data))
+            return [number for number in numbers if number is not None]
+        size = min(needed, _REPORT_LUNS_BYTES_MAX)
 
 
 async def probe(unit: LogicalUnit) -> LunInfo:

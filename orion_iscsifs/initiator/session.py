@@ -28,7 +28,7 @@ in the background; the first success ends that state.
 import enum
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,8 +95,6 @@ class Session:
         self.local = ""
         self.counters = Counters()
         self.last_error: OrionError | None = None
-        self.on_login: list[Callable[[], None]] = []
-        """Called after every login but the first: what a target tells only once may be stale."""
         self._pending: deque[Task] = deque()
         self._connection: Connection | None = None
         self._tag = 0
@@ -295,8 +293,6 @@ class Session:
         self._enter(logged_in)
         log.warning("%s: logged in again", self.portal)
         self._pump()
-        for listener in self.on_login:
-            listener()
         return True
 
     def _give_up(self) -> None:

@@ -25,7 +25,7 @@ _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
 _ZERO_RANGE: Final = 0x10
 _PAGE_BYTES: Final = 4096
-_EXTENT_BYTES_MAX: Final = 64 << 20
+_EXTENT_BYTES_MAX: Final = 4 << 20
 _ZEROES: Final = bytes(1 << 20)
 _Args = TypeVarTuple("_Args")
 
@@ -135,13 +135,17 @@ class RamDevice(_Listeners):
         """By content, a page at a time: zeroes count as a hole, for LBPRZ that is the same."""
         end = min(self.geometry.size_bytes, offset + _EXTENT_BYTES_MAX)
         stop = min(end, (offset // _PAGE_BYTES + 1) * _PAGE_BYTES)
-        holds_data = any(self.view[offset:stop])
+        holds_data = not self._is_zero(offset, stop)
         while stop < end:
-            page = self.view[stop : min(end, stop + _PAGE_BYTES)]
-            if (page != _ZEROES[: len(page)]) != holds_data:
+            following = min(end, stop + _PAGE_BYTES)
+            if self._is_zero(stop, following) == holds_data:
                 break
-            stop += len(page)
+            stop = following
         return stop - offset, holds_data
+
+    def _is_zero(self, start: int, stop: int) -> bool:
+        # bytes: comparing memoryviews goes item by item.
+        return bytes(self.view[start:stop]) == _ZEROES[: stop - start]
 
     def resize(self, size_bytes: int) -> None:
         """Grow or shrink; what stays keeps its content."""
@@ -176,6 +180,9 @@ class FileDevice(_Listeners):
                     await self.flush()
             finally:
                 os.close(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
 
     def read_now(self, offset: int, target: memoryview) -> bool:
         try:

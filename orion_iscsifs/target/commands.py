@@ -134,7 +134,8 @@ async def _compare(unit: LogicalUnit, offset: int, expected: Buffer) -> Outcome:
 
 def _miscompare(found: Buffer, expected: Buffer) -> Outcome:
     """INFORMATION is the offset of the first byte that differs (SBC-3 §5.2)."""
-    first = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    difference = int.from_bytes(found, "big") ^ int.from_bytes(expected, "big")
+    first = len(expected) - (difference.bit_length() + 7) // 8
     return check_condition(SenseData(sense.MISCOMPARE.key, 0x1D, 0x00, information=first))
 
 

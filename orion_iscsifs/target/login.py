@@ -1,6 +1,7 @@
 """A connection from its first byte to full feature phase (RFC 7143 §6.3)."""
 
 import os
+from typing import Final
 
 import trio
 
@@ -8,19 +9,25 @@ from orion_iscsifs.errors import LoginError, OrionError, ProtocolViolation
 from orion_iscsifs.protocol import serial
 from orion_iscsifs.protocol.keys import CRC32C, DISCOVERY, NONE
 from orion_iscsifs.protocol.login import Credentials, Offer, TargetAccess, TargetLogin
-from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse
+from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, Pdu
 from orion_iscsifs.target.connection import Connection
 from orion_iscsifs.target.registry import PORTAL_GROUP_TAG, Registry, Stats
 from orion_iscsifs.target.session import Session
 from orion_iscsifs.target.settings import Chap, Limits
 from orion_iscsifs.target.texts import Directory
 
+_DISCOVERY: Final = b"SessionType=Discovery\0"
 
-def _offer(limits: Limits) -> Offer:
-    digests = (CRC32C,) if limits.digests else (NONE, CRC32C)
+
+def _offer(limits: Limits, *, discovery: bool) -> Offer:
+    """Data digests follow the initiator's order of preference: libiscsi knows none of them.
+
+    Header digests can be insisted on, though not in discovery, where nobody offers them.
+    """
+    insist = limits.digests and not discovery
     return Offer(
-        header_digest=digests,
-        data_digest=digests,
+        header_digest=(CRC32C,) if insist else (NONE, CRC32C),
+        data_digest=(NONE, CRC32C),
         initial_r2t=limits.initial_r2t,
         immediate_data=limits.immediate_data,
         max_recv_data_segment_length=limits.max_recv_data_segment_length,
@@ -55,17 +62,11 @@ class Door:
 
     async def log_in(self, connection: Connection, directory: Directory) -> Session | None:
         """The session, its last Login Response queued; None when there will be none."""
-        login = TargetLogin(
-            offer=_offer(self._limits),
-            lookup=self._accesses.get,
-            portal_group_tag=PORTAL_GROUP_TAG,
-            random_bytes=os.urandom,
-            discovery_access=self._discovery_access,
-            assign_tsih=self._registry.assign_tsih,
-        )
         with trio.move_on_after(self._limits.login_timeout_s):
             try:
-                response = await self._exchange(connection, login)
+                requests = await connection.receive()
+                login = self._begin(requests[0])
+                response = await self._exchange(connection, login, requests)
             except OrionError as error:
                 self._refused(error)
                 return None
@@ -73,14 +74,27 @@ class Door:
         self._refused(LoginError(f"{connection.peer}: the login took too long"))
         return None
 
+    def _begin(self, first: Pdu) -> TargetLogin:
+        """What is offered depends on the session's type, which the first request names."""
+        return TargetLogin(
+            offer=_offer(self._limits, discovery=_DISCOVERY in bytes(first.data)),
+            lookup=self._accesses.get,
+            portal_group_tag=PORTAL_GROUP_TAG,
+            random_bytes=os.urandom,
+            discovery_access=self._discovery_access,
+            assign_tsih=self._registry.assign_tsih,
+        )
+
     def _refused(self, error: OrionError) -> None:
         self._stats.refused_logins += 1
         self._stats.last_error = str(error)
 
-    async def _exchange(self, connection: Connection, login: TargetLogin) -> LoginResponse:
+    async def _exchange(
+        self, connection: Connection, login: TargetLogin, requests: list[Pdu]
+    ) -> LoginResponse:
         """Requests and responses up to the last one, which is left to the caller."""
         while True:
-            for request in await connection.receive():
+            for request in requests:
                 if not isinstance(request, LoginRequest):
                     raise ProtocolViolation(request.name, "before the login ended", section="6.3")
                 response = login.receive(request)
@@ -95,6 +109,7 @@ class Door:
                 await connection.send_all()
                 if login.failed:
                     raise login.failure or LoginError("the login was refused")
+            requests = await connection.receive()
 
     async def _enter(
         self,

@@ -29,7 +29,7 @@ class Limits:
     initial_r2t: bool = False
     immediate_data: bool = True
     digests: bool = False
-    """Insist on CRC32C for headers and data; otherwise the initiator's wish decides."""
+    """Insist on CRC32C for headers; otherwise, and for data, the initiator's wish decides."""
     command_window: int = 128
     transfer_bytes_max: int = 32 << 20
     """One command moves at most this much."""

@@ -150,7 +150,8 @@ class Task:
     def _store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Keep what the command wants of `data`; surplus is dropped."""
         length = min(len(data), max(0, len(self.data) - offset))
-        self.data[offset : offset + length] = data[:length]
+        if length:  # immediate data that is complete has no place of its own: it is read-only
+            self.data[offset : offset + length] = data[:length]
 
     def _fail(self, reason: sense.SenseData) -> None:
         if self.failure is None:

@@ -30,7 +30,7 @@ class FaultyDevice:
 
     def __init__(self, device: BlockDevice, *, arrive_first: bool = False) -> None:
         self._device = device
-        self._arrive_first = arrive_first
+        self.arrive_first = arrive_first
         self._delays_s: dict[Kind, Callable[[], float]] = {}
         self._gates: dict[Kind, trio.Event] = {}
         self._failures: defaultdict[Kind, int] = defaultdict(int)
@@ -99,14 +99,14 @@ class FaultyDevice:
     # -- inside ----------------------------------------------------------------------------------
 
     async def _before(self, kind: Kind) -> None:
-        if not self._arrive_first:
+        if not self.arrive_first:
             await self._wait(kind)
         if self._failures[kind] > 0:
             self._failures[kind] -= 1
             raise self._error()
 
     async def _after(self, kind: Kind) -> None:
-        if self._arrive_first:
+        if self.arrive_first:
             await self._wait(kind)
 
     async def _wait(self, kind: Kind) -> None:

@@ -10,10 +10,8 @@ from orion_iscsifs.cache.frames import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.errors import ConnectionLost, DeviceError, ScsiError
 from tests.cache.helpers import KIB, MIB, Rig, rig
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_an_absorbed_write_costs_nothing_until_the_flush() -> None:
+async def test_an_absorbed_write_costs_nothing_until_the_flush(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(8 * KIB, b"x" * 4 * KIB)
         await trio.testing.wait_all_tasks_blocked()
@@ -27,7 +25,7 @@ async def test_an_absorbed_write_costs_nothing_until_the_flush() -> None:
         assert r.memory.peek(8 * KIB, 4 * KIB) == b"x" * 4 * KIB
 
 
-async def test_absorbing_has_no_checkpoint() -> None:
+async def test_absorbing_has_no_checkpoint(autojump_clock: object) -> None:
     async with rig() as r:
         await r.read(0, 4 * KIB)
         with trio.testing.assert_no_checkpoints():
@@ -38,7 +36,7 @@ async def test_absorbing_has_no_checkpoint() -> None:
             await r.read(MIB, MIB)
 
 
-async def test_adjacent_small_writes_become_few_large_ones() -> None:
+async def test_adjacent_small_writes_become_few_large_ones(autojump_clock: object) -> None:
     async with rig() as r:
         content = os.urandom(2 * MIB)
         order = [*range(0, 2 * MIB, 8 * KIB), *range(4 * KIB, 2 * MIB, 8 * KIB)]
@@ -57,7 +55,9 @@ async def test_adjacent_small_writes_become_few_large_ones() -> None:
         assert r.memory.peek(0, MIB) == content[:MIB]
 
 
-async def test_a_sequential_stream_reaches_the_device_in_large_writes() -> None:
+async def test_a_sequential_stream_reaches_the_device_in_large_writes(
+    autojump_clock: object,
+) -> None:
     async with rig(size_bytes=32 * MIB) as r:
         r.faults.delay("write", 0.001)
         for offset in range(0, 16 * MIB, 128 * KIB):
@@ -68,7 +68,7 @@ async def test_a_sequential_stream_reaches_the_device_in_large_writes() -> None:
         assert sum(length for _, length in r.writes()) == 16 * MIB
 
 
-async def test_runs_grow_in_both_directions() -> None:
+async def test_runs_grow_in_both_directions(autojump_clock: object) -> None:
     async with rig() as r:
         for number in (4, 3, 5, 2, 6):
             await r.cache.write(number * FRAME_BYTES, bytes(FRAME_BYTES))
@@ -78,7 +78,7 @@ async def test_runs_grow_in_both_directions() -> None:
         assert r.writes() == [(FRAME_BYTES + 60 * KIB, 5 * FRAME_BYTES + 8 * KIB)]
 
 
-async def test_holes_stay_holes() -> None:
+async def test_holes_stay_holes(autojump_clock: object) -> None:
     async with rig() as r:
         for page in (0, 1, 5, 15):
             await r.cache.write(page * PAGE_BYTES, bytes([page + 1]) * PAGE_BYTES)
@@ -86,7 +86,7 @@ async def test_holes_stay_holes() -> None:
         assert sorted(r.writes()) == [(0, 8 * KIB), (20 * KIB, 4 * KIB), (60 * KIB, 4 * KIB)]
 
 
-async def test_a_write_during_its_own_write_back() -> None:
+async def test_a_write_during_its_own_write_back(autojump_clock: object) -> None:
     """The request in flight keeps its content; the new one follows it, never overtakes it."""
     async with rig() as r:
         await r.cache.write(0, b"1" * 4 * KIB)
@@ -105,7 +105,7 @@ async def test_a_write_during_its_own_write_back() -> None:
         assert r.memory.peek(0, 8 * KIB) == b"2" * 4 * KIB + b"3" * 4 * KIB
 
 
-async def test_old_data_goes_by_itself() -> None:
+async def test_old_data_goes_by_itself(autojump_clock: object) -> None:
     async with rig(dirty_age_s=5) as r:
         await r.cache.write(0, bytes(4 * KIB))
         await trio.sleep(3)
@@ -120,16 +120,16 @@ async def test_old_data_goes_by_itself() -> None:
         assert "flush" not in r.memory.calls
 
 
-async def test_write_back_begins_above_the_low_watermark() -> None:
+async def test_write_back_begins_above_the_low_watermark(autojump_clock: object) -> None:
     async with rig(dirty_max_bytes=MIB) as r:
-        for offset in range(0, 512 * KIB, 64 * KIB):
+        for offset in range(0, MIB, 128 * KIB):
             await r.cache.write(offset, bytes(64 * KIB))
         await trio.sleep(0.1)
         assert r.writes()
         assert 0 < r.cache.statistics.dirty_bytes <= 256 * KIB
 
 
-async def test_the_cap_is_never_exceeded_and_writers_go_in_order() -> None:
+async def test_the_cap_is_never_exceeded_and_writers_go_in_order(autojump_clock: object) -> None:
     async with rig(dirty_max_bytes=256 * KIB) as r:
         r.faults.delay("write", 0.01)
         highest = 0
@@ -158,7 +158,9 @@ async def test_the_cap_is_never_exceeded_and_writers_go_in_order() -> None:
         assert r.cache.statistics.throttled_writes
 
 
-async def test_a_writer_waits_for_a_frame_and_a_newcomer_for_the_writer() -> None:
+async def test_a_writer_waits_for_a_frame_and_a_newcomer_for_the_writer(
+    autojump_clock: object,
+) -> None:
     """One dirty page in every frame: room in bytes, but none in frames."""
     async with rig(cache_bytes=MIB, dirty_max_bytes=MIB) as r:
         r.faults.hold("write")
@@ -180,7 +182,7 @@ async def test_a_writer_waits_for_a_frame_and_a_newcomer_for_the_writer() -> Non
         assert done == ["first", "second"]
 
 
-async def test_a_cancelled_waiting_writer_leaves_the_line() -> None:
+async def test_a_cancelled_waiting_writer_leaves_the_line(autojump_clock: object) -> None:
     async with rig(cache_bytes=MIB, dirty_max_bytes=64 * KIB) as r:
         r.faults.hold("write")
         await r.cache.write(0, bytes(64 * KIB))
@@ -198,7 +200,9 @@ async def test_a_cancelled_waiting_writer_leaves_the_line() -> None:
 # -- errors --------------------------------------------------------------------------------------
 
 
-async def test_a_failed_write_back_is_raised_by_the_flush_and_retried() -> None:
+async def test_a_failed_write_back_is_raised_by_the_flush_and_retried(
+    autojump_clock: object,
+) -> None:
     async with rig() as r:
         await r.cache.write(0, b"x" * 4 * KIB)
         r.faults.fail("write", 1)
@@ -212,7 +216,9 @@ async def test_a_failed_write_back_is_raised_by_the_flush_and_retried() -> None:
         assert r.cache.statistics.writeback_failures == 1
 
 
-async def test_a_failure_in_the_background_is_raised_by_the_next_flush_once() -> None:
+async def test_a_failure_in_the_background_is_raised_by_the_next_flush_once(
+    autojump_clock: object,
+) -> None:
     async with rig(dirty_age_s=1) as r:
         await r.cache.write(0, b"x" * 4 * KIB)
         r.faults.fail("write", 1, lambda: ConnectionLost("the target is gone"))
@@ -223,7 +229,7 @@ async def test_a_failure_in_the_background_is_raised_by_the_next_flush_once() ->
         await r.cache.flush()
 
 
-async def test_retries_become_rarer_and_a_flush_tries_at_once() -> None:
+async def test_retries_become_rarer_and_a_flush_tries_at_once(autojump_clock: object) -> None:
     async with rig(dirty_age_s=0.1) as r:
         await r.cache.write(0, b"x" * 4 * KIB)
         r.faults.fail("write", 1000)
@@ -238,7 +244,7 @@ async def test_retries_become_rarer_and_a_flush_tries_at_once() -> None:
         assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
 
 
-async def test_one_bad_frame_does_not_keep_the_others_back() -> None:
+async def test_one_bad_frame_does_not_keep_the_others_back(autojump_clock: object) -> None:
     async with rig() as r:
         for number in range(0, 40, 2):
             await r.cache.write(number * FRAME_BYTES, b"x" * 4 * KIB)
@@ -249,7 +255,7 @@ async def test_one_bad_frame_does_not_keep_the_others_back() -> None:
         await r.cache.flush()
 
 
-async def test_every_flush_whose_data_failed_raises() -> None:
+async def test_every_flush_whose_data_failed_raises(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(0, bytes(4 * KIB))
         r.faults.hold("write")
@@ -272,7 +278,7 @@ async def test_every_flush_whose_data_failed_raises() -> None:
         await r.cache.flush()
 
 
-async def test_a_failed_device_flush_is_raised_and_tried_again() -> None:
+async def test_a_failed_device_flush_is_raised_and_tried_again(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(0, b"x" * 4 * KIB)
         r.faults.fail("flush", 1)
@@ -283,7 +289,7 @@ async def test_a_failed_device_flush_is_raised_and_tried_again() -> None:
         assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
 
 
-async def test_a_rewrite_while_the_write_back_fails() -> None:
+async def test_a_rewrite_while_the_write_back_fails(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(0, b"1" * 4 * KIB)
         r.faults.hold("write")
@@ -302,7 +308,9 @@ async def test_a_rewrite_while_the_write_back_fails() -> None:
         assert r.memory.peek(0, 4 * KIB) == b"2" * 4 * KIB
 
 
-async def test_a_bug_below_keeps_the_data_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_below_keeps_the_data_too(
+    caplog: pytest.LogCaptureFixture, autojump_clock: object
+) -> None:
     async with rig() as r:
 
         def bug() -> ScsiError:
@@ -320,7 +328,7 @@ async def test_a_bug_below_keeps_the_data_too(caplog: pytest.LogCaptureFixture) 
 # -- flushes -------------------------------------------------------------------------------------
 
 
-async def test_a_flush_does_not_wait_for_later_writes() -> None:
+async def test_a_flush_does_not_wait_for_later_writes(autojump_clock: object) -> None:
     """Two pages of one frame, rewritten all the time, while somebody flushes."""
     async with rig(dirty_age_s=0) as r:
         r.faults.delay("write", 0.01)
@@ -340,7 +348,7 @@ async def test_a_flush_does_not_wait_for_later_writes() -> None:
             nursery.cancel_scope.cancel()
 
 
-async def test_flushes_share_one_device_flush() -> None:
+async def test_flushes_share_one_device_flush(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(0, bytes(4 * KIB))
         r.faults.hold("flush")
@@ -354,9 +362,9 @@ async def test_flushes_share_one_device_flush() -> None:
         assert r.memory.calls["flush"] == 1
 
 
-async def test_a_flush_needs_its_own_if_writes_completed_meanwhile() -> None:
+async def test_a_flush_needs_its_own_if_writes_completed_meanwhile(autojump_clock: object) -> None:
     async with rig() as r:
-        r.faults._arrive_first = True
+        r.faults.arrive_first = True
         await r.cache.write(0, b"1" * 4 * KIB)
         r.faults.hold("flush")
         async with trio.open_nursery() as nursery:
@@ -372,7 +380,7 @@ async def test_a_flush_needs_its_own_if_writes_completed_meanwhile() -> None:
         assert r.memory.peek(MIB, 4 * KIB) == b"2" * 4 * KIB
 
 
-async def test_a_cancelled_flush_does_not_take_the_others_with_it() -> None:
+async def test_a_cancelled_flush_does_not_take_the_others_with_it(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(0, b"1" * 4 * KIB)
         r.faults.hold("flush")
@@ -387,7 +395,7 @@ async def test_a_cancelled_flush_does_not_take_the_others_with_it() -> None:
         assert r.memory.peek(0, 4 * KIB) == b"1" * 4 * KIB
 
 
-async def test_a_flush_with_nothing_new_costs_nothing() -> None:
+async def test_a_flush_with_nothing_new_costs_nothing(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.flush()
         await r.cache.write(0, bytes(512))
@@ -399,7 +407,7 @@ async def test_a_flush_with_nothing_new_costs_nothing() -> None:
 # -- FUA -----------------------------------------------------------------------------------------
 
 
-async def test_fua_is_one_write_and_no_flush() -> None:
+async def test_fua_is_one_write_and_no_flush(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(4 * KIB, b"x" * 8 * KIB, fua=True)
         assert r.writes() == [(4 * KIB, 8 * KIB)]
@@ -408,7 +416,7 @@ async def test_fua_is_one_write_and_no_flush() -> None:
         assert r.memory.peek(4 * KIB, 8 * KIB) == b"x" * 8 * KIB
 
 
-async def test_fua_during_a_write_back_of_the_same_page() -> None:
+async def test_fua_during_a_write_back_of_the_same_page(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(0, b"1" * 4 * KIB)
         r.faults.hold("write")
@@ -426,16 +434,16 @@ async def _durable_write(r: Rig) -> None:
     assert r.memory.peek(0, 4 * KIB) == b"2" * 4 * KIB
 
 
-async def test_a_large_fua_write_is_cut_to_the_optimal_transfer() -> None:
+async def test_a_large_fua_write_is_cut_to_the_optimal_transfer(autojump_clock: object) -> None:
     async with rig(cache_bytes=8 * MIB, dirty_max_bytes=4 * MIB) as r:
         content = os.urandom(3 * MIB)
         await r.cache.write(0, content, fua=True)
-        assert r.writes() == [(0, MIB), (MIB, MIB), (2 * MIB, MIB)]
+        assert sorted(r.writes()) == [(0, MIB), (MIB, MIB), (2 * MIB, MIB)]
         r.memory.crash()
         assert r.memory.peek(0, 3 * MIB) == content
 
 
-async def test_a_failed_fua_write_raises_and_its_data_stays() -> None:
+async def test_a_failed_fua_write_raises_and_its_data_stays(autojump_clock: object) -> None:
     async with rig() as r:
         r.faults.fail("write", 1)
         with pytest.raises(ScsiError):

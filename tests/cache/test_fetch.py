@@ -12,10 +12,8 @@ from orion_iscsifs.config import CacheMode
 from orion_iscsifs.errors import OrionError, ScsiError
 from tests.cache.helpers import KIB, MIB, rig
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_a_small_miss_costs_one_small_read() -> None:
+async def test_a_small_miss_costs_one_small_read(autojump_clock: object) -> None:
     async with rig() as r:
         r.memory.poke(0, os.urandom(MIB))
         assert await r.read(20 * KIB, 4 * KIB) == r.memory.peek(20 * KIB, 4 * KIB)
@@ -26,13 +24,13 @@ async def test_a_small_miss_costs_one_small_read() -> None:
         assert (r.cache.statistics.hits, r.cache.statistics.misses) == (2, 1)
 
 
-async def test_a_sector_brings_its_page() -> None:
+async def test_a_sector_brings_its_page(autojump_clock: object) -> None:
     async with rig() as r:
         await r.read(21 * KIB, 512)
         assert r.reads() == [(20 * KIB, PAGE_BYTES)]
 
 
-async def test_a_large_miss_is_one_read() -> None:
+async def test_a_large_miss_is_one_read(autojump_clock: object) -> None:
     async with rig() as r:
         content = os.urandom(MIB)
         r.memory.poke(40 * KIB, content)
@@ -42,7 +40,9 @@ async def test_a_large_miss_is_one_read() -> None:
         assert len(r.reads()) == 1
 
 
-async def test_only_what_is_missing_is_read_and_clean_gaps_are_bridged() -> None:
+async def test_only_what_is_missing_is_read_and_clean_gaps_are_bridged(
+    autojump_clock: object,
+) -> None:
     async with rig() as r:
         r.memory.poke(0, os.urandom(MIB))
         await r.cache.write(8 * KIB, b"d" * 4 * KIB)  # dirty: the device's content is stale
@@ -54,7 +54,7 @@ async def test_only_what_is_missing_is_read_and_clean_gaps_are_bridged() -> None
         assert sorted(r.reads()[before:]) == [(0, 8 * KIB), (12 * KIB, 52 * KIB)]
 
 
-async def test_many_readers_share_one_fetch() -> None:
+async def test_many_readers_share_one_fetch(autojump_clock: object) -> None:
     async with rig() as r:
         content = os.urandom(FRAME_BYTES)
         r.memory.poke(0, content)
@@ -71,7 +71,7 @@ async def test_many_readers_share_one_fetch() -> None:
         assert sum(length for _, length in r.reads()) == 24 * KIB, "no page was read twice"
 
 
-async def test_a_failed_fetch_leaves_the_others_to_try_themselves() -> None:
+async def test_a_failed_fetch_leaves_the_others_to_try_themselves(autojump_clock: object) -> None:
     async with rig() as r:
         content = os.urandom(4 * KIB)
         r.memory.poke(0, content)
@@ -94,7 +94,9 @@ async def test_a_failed_fetch_leaves_the_others_to_try_themselves() -> None:
         r.cache.check()
 
 
-async def test_a_cancelled_fetch_leaves_the_others_to_try_themselves() -> None:
+async def test_a_cancelled_fetch_leaves_the_others_to_try_themselves(
+    autojump_clock: object,
+) -> None:
     async with rig() as r:
         content = os.urandom(4 * KIB)
         r.memory.poke(0, content)
@@ -112,12 +114,14 @@ async def test_a_cancelled_fetch_leaves_the_others_to_try_themselves() -> None:
 
 @pytest.mark.parametrize("length", [4 * KIB, 16 * KIB, MIB], ids=["page", "run", "large"])
 @pytest.mark.parametrize("flushed", [False, True])
-async def test_a_late_fetch_does_not_undo_a_write(length: int, flushed: bool) -> None:
+async def test_a_late_fetch_does_not_undo_a_write(
+    length: int, flushed: bool, autojump_clock: object
+) -> None:
     """The page is written, and even clean again, while an older read is on its way."""
     async with rig() as r:
         r.memory.poke(0, b"o" * length)
         # The answer is late: the device was read before the write.
-        r.faults._arrive_first = True
+        r.faults.arrive_first = True
         r.faults.hold("read")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(r.read, 0, length)
@@ -133,7 +137,7 @@ async def test_a_late_fetch_does_not_undo_a_write(length: int, flushed: bool) ->
         assert r.memory.peek(0, 4 * KIB) == b"n" * 4 * KIB
 
 
-async def test_part_of_a_page_is_laid_over_its_old_content() -> None:
+async def test_part_of_a_page_is_laid_over_its_old_content(autojump_clock: object) -> None:
     async with rig() as r:
         content = bytearray(os.urandom(8 * KIB))
         r.memory.poke(0, content)
@@ -147,13 +151,15 @@ async def test_part_of_a_page_is_laid_over_its_old_content() -> None:
 
 
 @pytest.mark.parametrize("change", ["discard", "write_zeroes", "write"])
-async def test_a_change_below_waits_for_a_fetch_and_the_next_fetch_for_it(change: str) -> None:
+async def test_a_change_below_waits_for_a_fetch_and_the_next_fetch_for_it(
+    change: str, autojump_clock: object
+) -> None:
     """The cache must not keep what a fetch read before the device's content was changed."""
     mode = CacheMode.WRITETHROUGH if change == "write" else CacheMode.WRITEBACK
     async with rig(mode=mode) as r:
         length = 256 * KIB
         r.memory.poke(0, b"o" * length)
-        r.faults._arrive_first = True
+        r.faults.arrive_first = True
         r.faults.hold("read")
 
         async def alter() -> None:
@@ -177,7 +183,7 @@ async def test_a_change_below_waits_for_a_fetch_and_the_next_fetch_for_it(change
         assert r.memory.peek(0, 4) != b"oooo"
 
 
-async def test_reads_pass_the_cache_when_every_frame_is_busy() -> None:
+async def test_reads_pass_the_cache_when_every_frame_is_busy(autojump_clock: object) -> None:
     async with rig(cache_bytes=MIB, dirty_max_bytes=MIB) as r:
         r.faults.hold("write")
         for number in range(16):
@@ -189,7 +195,7 @@ async def test_reads_pass_the_cache_when_every_frame_is_busy() -> None:
         r.faults.release("write")
 
 
-async def test_the_blocks_behind_the_last_whole_page() -> None:
+async def test_the_blocks_behind_the_last_whole_page(autojump_clock: object) -> None:
     async with rig(size_bytes=MIB + 1536) as r:
         content = os.urandom(64 * KIB + 1536)
         r.memory.poke(MIB - 64 * KIB, content)
@@ -200,7 +206,7 @@ async def test_the_blocks_behind_the_last_whole_page() -> None:
         assert await r.read(MIB - 64 * KIB, len(content)) == content
 
 
-async def test_a_sequential_reader_finds_its_data_there() -> None:
+async def test_a_sequential_reader_finds_its_data_there(autojump_clock: object) -> None:
     async with rig(size_bytes=16 * MIB, cache_bytes=16 * MIB, readahead="auto") as r:
         content = random.Random(1).randbytes(16 * MIB)
         r.memory.poke(0, content)
@@ -217,7 +223,7 @@ async def test_a_sequential_reader_finds_its_data_there() -> None:
         assert sum(large) >= 6 * MIB, "most of it came in large requests"
 
 
-async def test_waste_is_counted() -> None:
+async def test_waste_is_counted(autojump_clock: object) -> None:
     async with rig(size_bytes=64 * MIB, cache_bytes=4 * MIB, readahead="auto") as r:
         await r.read(0, 4 * KIB)
         await r.read(4 * KIB, 4 * KIB)
@@ -229,7 +235,9 @@ async def test_waste_is_counted() -> None:
         assert r.cache.statistics.readahead_waste_bytes == brought
 
 
-async def test_readahead_that_fails_is_nobodys_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_readahead_that_fails_is_nobodys_error(
+    caplog: pytest.LogCaptureFixture, autojump_clock: object
+) -> None:
     async with rig(readahead="auto") as r:
         await r.read(0, 4 * KIB)
         r.faults.hold("read")
@@ -248,7 +256,7 @@ async def test_readahead_that_fails_is_nobodys_error(caplog: pytest.LogCaptureFi
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
 
 
-async def test_an_error_of_one_of_several_fetches() -> None:
+async def test_an_error_of_one_of_several_fetches(autojump_clock: object) -> None:
     async with rig() as r:
         await r.cache.write(32 * KIB, bytes(4 * KIB))
         r.faults.fail("read", 1)
@@ -256,3 +264,37 @@ async def test_an_error_of_one_of_several_fetches() -> None:
             await r.read(0, FRAME_BYTES)
         r.faults.fail("read", 0)
         assert await r.read(0, FRAME_BYTES) == bytes(FRAME_BYTES)
+
+
+async def test_no_bridge_over_a_page_in_flight(autojump_clock: object) -> None:
+    """The device does not have it yet, so the large read must not bring its old content."""
+    async with rig() as r:
+        r.memory.poke(0, b"o" * 12 * KIB)
+        await r.cache.write(4 * KIB, b"n" * 4 * KIB)
+        r.faults.hold("write")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.cache.flush)
+            await r.faults.wait_held("write")
+            assert await r.read(0, 12 * KIB) == b"o" * 4 * KIB + b"n" * 4 * KIB + b"o" * 4 * KIB
+            r.faults.release("write")
+
+
+async def test_readahead_keeps_out_of_a_range_that_is_being_changed(
+    autojump_clock: object,
+) -> None:
+    """Otherwise an answer from before the change could come after it, and stay."""
+    async with rig(readahead="auto") as r:
+        r.memory.poke(0, b"o" * MIB)
+        await r.read(0, 4 * KIB)
+        r.faults.hold("zero")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.cache.write_zeroes, 8 * KIB, MIB - 8 * KIB)
+            await r.faults.wait_held("zero")
+            r.faults.arrive_first = True
+            r.faults.hold("read")
+            nursery.start_soon(r.read, 4 * KIB, 4 * KIB)  # makes a stream
+            await trio.testing.wait_all_tasks_blocked()
+            r.faults.release("zero")
+            await trio.testing.wait_all_tasks_blocked()
+            r.faults.release("read")
+        assert await r.read(8 * KIB, 64 * KIB) == bytes(64 * KIB)

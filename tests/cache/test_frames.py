@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +34,7 @@ def test_masks_of_ranges(a: int, b: int) -> None:
 def test_runs_are_the_mask(mask: int) -> None:
     runs = list(page_runs(mask))
     assert sum(pages_touched(*run) for run in runs) == mask
-    for (_, end), (start, _) in zip(runs, runs[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(runs):
         assert end < start, "runs are as long as can be"
 
 

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -22,7 +23,7 @@ def test_the_second_read_in_a_row_starts_at_128_kib() -> None:
 
 def test_the_windows_join_and_double_up_to_the_maximum() -> None:
     asked = feed(Readahead(MIB), 0, 64 * KIB, 200)
-    for (_, end), (start, _) in zip(asked, asked[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(asked):
         assert end == start
     lengths = [end - start for start, end in asked]
     assert lengths[0] == 128 * KIB

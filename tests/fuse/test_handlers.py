@@ -32,14 +32,14 @@ class Subject:
 
     @handler
     async def later(self, value: int) -> int:
-        await trio.sleep(0)
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
         return value + 1
 
     @handler
     async def fails(self, error: BaseException, waits: bool) -> None:
         if waits:
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         raise error
 
     @handler
@@ -48,7 +48,7 @@ class Subject:
             await trio.sleep_forever()
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
             raise
         return "never"
 

@@ -43,8 +43,16 @@ async def opened(fs: DeviceFiles, flags: int = os.O_RDWR) -> int:
 
 @pytest.mark.parametrize(
     ("offset", "size", "expected"),
-    [(0, 1, 1), (1, 4095, 4095), (SIZE - 1, 4096, 1), (SIZE, 4096, 0), (SIZE + 5, 1, 0)]
-    + [(3, 1 << 20, 1 << 20), (SIZE - 70000, 1 << 20, 70000), (0, 2 << 20, 2 << 20)],
+    [
+        (0, 1, 1),
+        (1, 4095, 4095),
+        (SIZE - 1, 4096, 1),
+        (SIZE, 4096, 0),
+        (SIZE + 5, 1, 0),
+        (3, 1 << 20, 1 << 20),
+        (SIZE - 70000, 1 << 20, 70000),
+        (0, 2 << 20, 2 << 20),
+    ],
 )
 async def test_reads_are_clipped_at_the_end(offset: int, size: int, expected: int) -> None:
     device = filled(SIZE)
@@ -188,7 +196,7 @@ async def test_nothing_can_be_created_or_removed() -> None:
         fs.rename(root, b"lun1", root, b"x", 0, CTX),
     ):
         with pytest.raises(FUSEError) as caught:
-            await attempt  # type: ignore[misc]
+            await attempt
         assert caught.value.errno in {errno.EPERM, errno.EROFS}
     with pytest.raises(FUSEError) as caught:
         await fs.getxattr(2, b"user.x", CTX)

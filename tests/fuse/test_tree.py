@@ -44,8 +44,19 @@ def test_several_targets_and_the_control_folder() -> None:
 
 @pytest.mark.parametrize(
     "paths",
-    [["a", "a"], ["a", "a/b"], ["a/b", "a"], [".orion"], [".orion/x"], ["../x"], ["a//b"], [""]]
-    + [["."], ["x" * 256], ["a\0b"]],
+    [
+        ["a", "a"],
+        ["a", "a/b"],
+        ["a/b", "a"],
+        [".orion"],
+        [".orion/x"],
+        ["../x"],
+        ["a//b"],
+        [""],
+        ["."],
+        ["x" * 256],
+        ["a\x00b"],
+    ],
 )
 def test_names_that_a_hostile_target_might_send(paths: list[str]) -> None:
     with pytest.raises(MountError) as caught:

@@ -17,7 +17,9 @@ def fio(file: Path, *options: str) -> None:
     run(["fio", *VERIFY, f"--filename={file}", "--output-format=terse", *options], timeout_s=90)
 
 
-@pytest.mark.parametrize("cache", ["none", "writethrough", "writeback"])
+@pytest.mark.parametrize(
+    "cache", ["none", pytest.param("writethrough", marks=pytest.mark.slow), "writeback"]
+)
 @pytest.mark.parametrize(
     "job",
     [

@@ -15,6 +15,8 @@ from orion_iscsifs.protocol.pdu import (
     RejectReason,
     ScsiResponse,
     SnackRequest,
+    TaskManagementFunction,
+    TaskManagementRequest,
     TaskManagementResponse,
     TmfResponseCode,
 )
@@ -93,7 +95,9 @@ async def test_the_window_closes_and_opens_again() -> None:
         await client.send(*silent, NopOut(0x77))
         echo = await client.expect(NopIn)
         assert echo.max_cmd_sn == echo.exp_cmd_sn - 1
-        await client.send(abort(client.cmd_sn, silent[0].initiator_task_tag))
+        first = silent[0].initiator_task_tag
+        function = TaskManagementFunction.ABORT_TASK
+        await client.send(TaskManagementRequest(function, 0x900, referenced_task_tag=first))
         reply = await client.expect(TaskManagementResponse)
         assert reply.response == TmfResponseCode.FUNCTION_COMPLETE
         assert reply.max_cmd_sn == reply.exp_cmd_sn

@@ -1,0 +1,166 @@
+"""`orion-iscsifs target serve` as a program, under other people's initiators."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orion_iscsifs.cli.target import LunOption, parse_lun, parse_portal
+from orion_iscsifs.errors import UsageError
+
+SERVE = [sys.executable, "-m", "orion_iscsifs.cli.target", "serve"]
+TIMEOUT_S = 60
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[str]:
+    """The URL of a target that runs for the block, then must stop cleanly."""
+    command = [*SERVE, "--listen", "127.0.0.1:0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        try:
+            ready = program.stdout.readline().decode()
+            match = re.fullmatch(r"ready (iscsi://127\.0\.0\.1:\d+/\S+)\n", ready)
+            assert match is not None, ready + program.stderr.read().decode()
+            yield match[1]
+        finally:
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(TIMEOUT_S) == 0
+            assert program.stderr.read() == b""
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "size", "read_only", "block"),
+    [
+        ("0=/d.img", "/d.img", None, False, 512),
+        ("0=/d.img,size=1G,ro", "/d.img", 1 << 30, True, 512),
+        ("0=ram:64M,block=4096", None, 64 << 20, False, 4096),
+        ("0=/with,comma,block=512", "/with,comma", None, False, 512),
+    ],
+)
+def test_lun_option(
+    text: str, path: str | None, size: int | None, read_only: bool, block: int
+) -> None:
+    wanted = LunOption(number=0, path=path, size=size, read_only=read_only, block_bytes=block)
+    assert parse_lun(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/d.img", "x=/d", "-1=/d", "99999=/d", "0=", "0=/d,size=big", "0=ram:", "0=/d,block=520"],
+)
+def test_bad_lun_options(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_lun(text)
+
+
+def test_portals() -> None:
+    assert parse_portal("10.0.0.1:3261") == ("10.0.0.1", 3261)
+    assert parse_portal("[::1]:0") == ("::1", 0)
+    assert parse_portal("host") == ("host", 3260)
+    for text in ("", ":3260", "h:x", "h:99999", "::1:3260"):
+        with pytest.raises(UsageError):
+            parse_portal(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lun", "0=ram:1M", "--erl", "1"], "--erl: only 0 is supported so far"),
+        (["--lun", "0=ram:1M", "--max-connections", "2"], "--max-connections: only 1"),
+        (["--lun", "0=ram:1M", "--lun", "0=ram:1M"], "the same number twice"),
+        (["--lun", "0=ram:1M", "--iqn", "Not A Name"], "not an iSCSI name"),
+        (["--lun", "0=ram:1M", "--chap-user", "me"], "belong together"),
+        (["--lun", "0=/nonexistent/disk.img"], "No such file"),
+        (["--lun", "0=ram:1M", "--listen", "192.0.2.1:0"], "portal 192.0.2.1:0"),
+    ],
+)
+def test_mistakes(options: Sequence[str], message: str) -> None:
+    done = subprocess.run(
+        [*SERVE, *options], capture_output=True, timeout=TIMEOUT_S, check=False, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("orion-iscsifs: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# -- other people's initiators ---------------------------------------------------------------------
+
+# Asks for the status of one block and wants to be told of another, unless a physical block is one
+# logical block: with 512-byte blocks on 4096-byte ones no answer can satisfy it.
+IMPOSSIBLE_WITH_512 = {"get_lba_status_unmap_single"}
+
+
+@pytest.mark.interop("iscsi-test-cu")
+@pytest.mark.parametrize(("backing", "block"), [("file", "512"), ("ram:128M", "4096")])
+def test_conformance_suite_of_libiscsi(tmp_path: Path, backing: str, block: str) -> None:
+    where = f"{tmp_path}/disk.img,size=128M" if backing == "file" else backing
+    with serving("--lun", f"0={where},block={block}") as url:
+        command = ["iscsi-test-cu", "--dataloss", "--test=ALL", f"{url}/0"]
+        shown = subprocess.run(
+            command, capture_output=True, timeout=TIMEOUT_S, check=False, text=True
+        ).stdout
+    ran = re.search(r"tests\s+\d+\s+(\d+)\s+(\d+)\s+(\d+)\s", shown)
+    assert ran is not None, shown[-2000:]
+    assert int(ran[1]) >= 200
+    failed = set(re.findall(r"^\s+\d+\. test_(\w+)\.c:\d+", shown, re.MULTILINE))
+    assert failed == (IMPOSSIBLE_WITH_512 if block == "512" else set()), shown[-4000:]
+    assert int(ran[3]) == len(failed)
+
+
+@pytest.mark.interop("qemu-img")
+@pytest.mark.parametrize("block", ["512", "4096"])
+def test_qemu_copies_and_compares(tmp_path: Path, block: str) -> None:
+    if not list(Path("/usr/lib").glob("*/qemu/block-iscsi.so")):
+        pytest.skip("QEMU's iSCSI driver is not installed")
+    source, disk = tmp_path / "source.raw", tmp_path / "disk.img"
+    source.write_bytes(os.urandom(5 << 20) + bytes(11 << 20))
+    with serving("--lun", f"0={disk},size=16M,block={block}") as url:
+        run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), f"{url}/0")
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), f"{url}/0")
+    assert disk.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.interop("iscsi-ls")
+def test_chap_with_libiscsi(tmp_path: Path) -> None:
+    secrets = [tmp_path / "mine", tmp_path / "other"]
+    for path, text in zip(secrets, ("secret-of-mine", "secret-of-disk"), strict=True):
+        path.write_text(text + "\n")
+        path.chmod(0o600)
+    options = ["--chap-user", "me", "--chap-secret-file", str(secrets[0])]
+    options += ["--mutual-user", "disk", "--mutual-secret-file", str(secrets[1])]
+    with serving("--lun", "0=ram:1M", *options) as url:
+        portal = "/".join(url.split("/")[:3])
+        with_user = portal.replace("iscsi://", "iscsi://me%secret-of-mine@")
+        mutual = "?target_user=disk&target_password=secret-of-disk"
+        assert "DIRECT_ACCESS" in run("iscsi-ls", "-s", with_user)
+        assert "DIRECT_ACCESS" in run("iscsi-ls", "-s", with_user + mutual)
+        refused = subprocess.run(
+            ["iscsi-ls", portal], capture_output=True, timeout=TIMEOUT_S, check=False
+        )
+        assert refused.returncode != 0
+
+
+@pytest.mark.interop("iscsi-inq", "iscsi-ls")
+def test_digests_with_libiscsi() -> None:
+    with serving("--lun", "0=ram:1M", "--digests") as url:
+        assert "ORION" in run("iscsi-inq", f"{url}/0")
+        assert "DIRECT_ACCESS" in run("iscsi-ls", "-s", "/".join(url.split("/")[:3]))
