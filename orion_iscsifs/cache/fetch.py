@@ -107,8 +107,11 @@ class Fetcher:
             frame.fetching ^= pages
             if succeeded:
                 fresh = pages & ~(frame.valid | self._table.beyond_the_end(frame))
-                for first, last in page_runs(fresh):
-                    frame.view[first:last] = target[first - start : last - start]
+                if fresh == pages:
+                    frame.view[start:end] = target
+                else:
+                    for first, last in page_runs(fresh):
+                        frame.view[first:last] = target[first - start : last - start]
                 frame.fetched(fresh)
             self._table.release(frame)
         return True

@@ -177,7 +177,8 @@ class FrameTable:
         if not frame.busy:
             if not frame.queued:
                 self._queues.add(frame)
-            self.freed.unpark()
+            if self.freed:
+                self.freed.unpark()
         frame.wake()
 
     def in_range(self, wanted: Range) -> list[Frame]:

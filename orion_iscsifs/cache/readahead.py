@@ -7,7 +7,9 @@ they arrive slightly out of order. Two stages keep random readers cheap:
    stream. A random read costs two look-ups, an insert and a removal.
 2. *Streams*, found by the 8 MiB zone of their head. A read belongs to its zone's stream if it lies
    between a little behind the head and the end of what was asked for ahead of it. Order inside
-   that span does not matter; a seek leaves the span and thereby the stream.
+   that span does not matter; a seek leaves the span and thereby the stream. A random read may hit
+   the span by chance, so a stream must also be dense: once less than half of what lies behind its
+   head has been read, it was none.
 
 A stream's window starts at 128 KiB (or twice the reader's request) and doubles whenever less than
 half of it is left ahead of the reader, up to the configured maximum: never far beyond what is
@@ -30,6 +32,10 @@ _ZONE_SHIFT: Final = 23
 
 @dataclass(slots=True)
 class Stream:
+    origin: int
+    """Where it began."""
+    read_bytes: int
+    """What has been read of it."""
     head: int
     """Where the reader's farthest request ended."""
     ahead: int
@@ -55,6 +61,7 @@ class Readahead:
         for key in (zone, zone - 1, zone + 1):
             stream = self._streams.get(key)
             if stream is not None and stream.head - BEHIND_MAX_BYTES <= start <= stream.ahead:
+                stream.read_bytes += end - start
                 return self._advance(key, stream, end, limit)
         if start not in self._candidates:
             self._remember(end)
@@ -74,7 +81,7 @@ class Readahead:
             oldest = min(self._streams, key=lambda key: self._streams[key].last_use)
             del self._streams[oldest]
         window = min(max(WINDOW_MIN_BYTES, 2 * (end - start)), self._window_max)
-        stream = Stream(head=end, ahead=end, window_bytes=window, last_use=0)
+        stream = Stream(start, end - start, head=end, ahead=end, window_bytes=window, last_use=0)
         key = end >> _ZONE_SHIFT
         self._streams[key] = stream
         return self._ask(stream, limit)
@@ -83,6 +90,9 @@ class Readahead:
         if end <= stream.head:
             return None
         stream.head = end
+        if 2 * stream.read_bytes < end - stream.origin:
+            del self._streams[key]
+            return None
         stream.ahead = max(stream.ahead, end)
         if end >> _ZONE_SHIFT != key:
             del self._streams[key]

@@ -104,3 +104,16 @@ def test_never_beyond_the_end(limit: int) -> None:
 
 def test_off() -> None:
     assert not feed(Readahead(0), 0, 4 * KIB, 50)
+
+
+def test_random_reads_that_hit_a_stream_by_chance_end_it() -> None:
+    """Found on a real mount: random reads kept streams alive and fetched megabytes for nothing."""
+    readahead = Readahead(4 * MIB)
+    feed(readahead, 0, 4 * KIB, 3)
+    rng = random.Random(1)
+    asked = 0
+    for _ in range(2000):
+        at = rng.randrange(16 * MIB // (4 * KIB)) * 4 * KIB
+        window = readahead.note(at, at + 4 * KIB, END)
+        asked += window[1] - window[0] if window else 0
+    assert asked < 100 * 128 * KIB, "a chance neighbour costs one small window at most"
