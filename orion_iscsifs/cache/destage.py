@@ -14,7 +14,7 @@ lock), and only its head watches for room: they go on in the order in which they
 
 import logging
 from collections.abc import Iterable
-from typing import Final, NoReturn
+from typing import Final
 
 import trio
 
@@ -102,10 +102,15 @@ class Destager:
 
     async def flush(self) -> None:
         """What is dirty now is durable when this returns; the error of a write-back is raised."""
-        await self.write_out(self.books.unwritten())
+        try:
+            await self.write_out(self.books.unwritten())
+        except OrionError:
+            self._unreported = False
+            raise
         await self._flusher.flush()
         if self._unreported:
-            self._raise_error()
+            self._unreported = False
+            raise self._last_error
 
     def wrote(self) -> None:
         """The device has carried out a write: it needs a flush to be durable."""
@@ -128,7 +133,7 @@ class Destager:
                 await frame.wait()
             failed = failed or frame.failures != failures
         if failed:
-            self._raise_error()
+            raise self._last_error
 
     async def write_out_durably(self, span: Range) -> None:
         """Return once what is cached of the range is durable: by FUA if all of it can go now."""
@@ -140,10 +145,6 @@ class Destager:
         else:  # some of it is on its way or has arrived, without FUA
             await self.write_out(frames)
             await self._flusher.flush()
-
-    def _raise_error(self) -> NoReturn:
-        self._unreported = False
-        raise self._last_error
 
     # -- the background --------------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ class Destager:
             self._staging.give_back(buffer)
             if succeeded and not extent.fua:
                 self.wrote()
-            self.books.settle(extent, succeeded=succeeded)
+            self.books.settle(extent, succeeded=succeeded, refused=isinstance(error, DeviceError))
         if error is not None:
             self._report(extent, error)
             return
@@ -215,7 +216,9 @@ class Destager:
             error = DeviceError(f"{where}: {error!r}")
         elif not self._failing:
             log.warning("%s failed: %s (the data is kept and retried)", where, error)
-        self._failing = self._unreported = True
+        self._failing = True
+        # A write with FUA raises its own failure; a flush is there for all the others.
+        self._unreported = self._unreported or not extent.fua
         self._last_error = error
 
 

@@ -16,7 +16,9 @@ a later one: no writer can keep a flush from ending.
 What is due: everything above the low watermark, everything older than `dirty_age_s`, everything
 while a writer waits for room, and what somebody waits for (`_wanted`).
 
-A frame whose write-back failed sits out a delay that doubles each time (`_resting`).
+A frame whose write-back failed sits out a delay that doubles each time (`_resting`). If it was the
+device that refused (`suspect`), the frame goes alone and page by page until it has been written:
+one bad block keeps nothing but its own page from the device.
 """
 
 import enum
@@ -126,6 +128,8 @@ class DirtyFrames:
             statistics.dirty_bytes += fresh
             if not dirty:
                 self._became_dirty(frame)
+            elif self._waiting_bytes - fresh <= self._dirty_low < self._waiting_bytes:
+                self._on_due()
             frame.write(pages)
         if known & pages == pages:
             frame.visited = True
@@ -192,9 +196,13 @@ class DirtyFrames:
             deadlines.append(next(iter(self._dirty.values())).dirty_since + age_s)
         return min(deadlines, default=None)
 
+    @property
+    def _waiting_bytes(self) -> int:
+        """Dirty and not being written."""
+        return self._statistics.dirty_bytes - self._statistics.in_flight_bytes
+
     def _is_above_watermark(self) -> bool:
-        waiting = self._statistics.dirty_bytes - self._statistics.in_flight_bytes
-        return waiting > self._dirty_low or len(self._dirty) > self._frames_low
+        return self._waiting_bytes > self._dirty_low or len(self._dirty) > self._frames_low
 
     # -- picking ---------------------------------------------------------------------------------
 
@@ -231,9 +239,13 @@ class DirtyFrames:
         last: Extent | None = None
         for frame in frames:
             base = frame.span[0]
-            for start, end in page_runs(frame.dirty):
+            runs = page_runs(frame.dirty)
+            if frame.suspect:
+                runs = (page for run in runs for page in split(run, PAGE_BYTES))
+            for start, end in runs:
                 if (
                     last is None
+                    or frame.suspect
                     or last.offset + last.length != base + start
                     or last.length + end - start > self._extent_max
                 ):
@@ -263,20 +275,25 @@ class DirtyFrames:
             return False
         return not (self._exclusion.exclusive and self._exclusion.is_excluded(frame.span))
 
+    def _goes_along(self, frame: Frame) -> bool:
+        return self._is_pickable(frame) and not frame.suspect
+
     def _with_neighbours(self, frame: Frame) -> list[Frame]:
         """The frame and those around it that continue its dirty run, in the order of offset."""
+        if frame.suspect:
+            return [frame]
         budget = self._extent_max // FRAME_BYTES - 1
         before: list[Frame] = []
         after = [frame]
         while budget and after[-1].dirty & _LAST_PAGE:
             follower = self._dirty.get(after[-1].number + 1)
-            if follower is None or not follower.dirty & 1 or not self._is_pickable(follower):
+            if follower is None or not follower.dirty & 1 or not self._goes_along(follower):
                 break
             after.append(follower)
             budget -= 1
         while budget and (before or after[:1])[-1].dirty & 1:
             leader = self._dirty.get((before or after[:1])[-1].number - 1)
-            if leader is None or not leader.dirty & _LAST_PAGE or not self._is_pickable(leader):
+            if leader is None or not leader.dirty & _LAST_PAGE or not self._goes_along(leader):
                 break
             before.append(leader)
             budget -= 1
@@ -289,8 +306,11 @@ class DirtyFrames:
 
     # -- settling --------------------------------------------------------------------------------
 
-    def settle(self, extent: Extent, *, succeeded: bool) -> None:
-        """The request has ended: its pages are clean, or dirty again."""
+    def settle(self, extent: Extent, *, succeeded: bool, refused: bool = False) -> None:
+        """The request has ended: its pages are clean, or dirty again.
+
+        `refused`: it failed, and for what it was, not for the path to the device.
+        """
         for frame, (start, end) in extent.pieces:
             pages = pages_touched(start, end)
             self._statistics.in_flight_bytes -= end - start
@@ -302,6 +322,7 @@ class DirtyFrames:
                 frame.failed(pages)
                 frame.failures += 1
                 frame.stumbled = True
+                frame.suspect |= refused
             if not frame.writing:
                 self._end_writeback(frame)
 
@@ -313,6 +334,7 @@ class DirtyFrames:
             self.supersede(frame, beyond)  # the device shrank meanwhile
         if not failed:
             frame.retry_delay_s = 0.0
+            frame.suspect = False
         if frame.dirty and failed:
             delay_s = min(max(2 * frame.retry_delay_s, RETRY_DELAY_S), RETRY_DELAY_MAX_S)
             frame.retry_delay_s = delay_s

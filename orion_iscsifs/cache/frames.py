@@ -71,6 +71,7 @@ class Frame:
         "retry_delay_s",
         "settled",
         "stumbled",
+        "suspect",
         "valid",
         "view",
         "visited",
@@ -91,6 +92,8 @@ class Frame:
         self.retry_delay_s = 0.0
         self.stumbled = False
         """A request of the write-back under way has failed."""
+        self.suspect = False
+        """The device refused a write here: something in it is bad, its neighbours may not be."""
         self.visited = self.queued = self.proven = False
         self._changed: trio.lowlevel.ParkingLot | None = None
 
@@ -202,9 +205,7 @@ class FrameTable:
         for number, frame in self.frames.items():
             assert frame.number == number
             assert frame.queued or frame.busy, f"frame {number} can never be evicted"
-            wrong = broken_invariants(
-                valid=frame.valid, dirty=frame.dirty, writing=frame.writing, fetching=frame.fetching
-            )
+            wrong = broken_invariants(valid=frame.valid, dirty=frame.dirty, writing=frame.writing)
             assert not wrong, f"frame {number}: {wrong}"
 
     def _new(self, number: int) -> Frame | None:

@@ -66,17 +66,15 @@ NEXT: Final[Mapping[tuple[State, Cause], State]] = {
 }
 
 
-def broken_invariants(*, valid: int, dirty: int, writing: int, fetching: int) -> list[str]:
+def broken_invariants(*, valid: int, dirty: int, writing: int) -> list[str]:
     """What is wrong with a frame's masks, in words; empty when they make sense.
 
-    `fetching` (a read from the device is under way) is no part of the state: a page may be written
-    during its own fetch.
+    That a read from the device is under way (`fetching`) is no part of the state: a page may be
+    written, and written back, during its own fetch.
     """
     wrong = []
     if dirty & ~valid:
         wrong.append("a dirty page has no content")
     if writing & ~valid:
         wrong.append("a page in flight has no content")
-    if writing & fetching:
-        wrong.append("a page is fetched while it is written back")
     return wrong

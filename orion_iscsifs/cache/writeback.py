@@ -112,18 +112,22 @@ class WritebackCache:
     ) -> bool:
         # Only a cancellation (possibly by the nursery itself) concerns the nursery. An error of the
         # block or of the flush leaves as it is, not wrapped in a group.
-        ordinary = exc is None or isinstance(exc, Exception)
         error: OrionError | None = None
-        if ordinary:
+        if exc is None or isinstance(exc, Exception):
             try:
                 await self.flush()
             except OrionError as caught:
                 error = caught
+            except BaseException as caught:
+                # Cancelled in the flush: the nursery has to be closed with that all the same.
+                exc_type, exc, traceback = type(caught), caught, caught.__traceback__
         if self.statistics.dirty_bytes:
             log.warning("the cache ends with %d bytes unwritten", self.statistics.dirty_bytes)
         self._nursery.cancel_scope.cancel()
-        if not ordinary:
-            return bool(await self._nursery_manager.__aexit__(exc_type, exc, traceback))
+        if exc is not None and not isinstance(exc, Exception):
+            if await self._nursery_manager.__aexit__(exc_type, exc, traceback):
+                return True
+            raise exc
         await self._nursery_manager.__aexit__(None, None, None)
         if exc is None and error is not None:
             raise error

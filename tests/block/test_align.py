@@ -174,3 +174,22 @@ async def test_geometry_changes_pass_up() -> None:
     device.on_geometry_change(lambda geometry: seen.append(geometry.size_bytes))
     memory.change_geometry(size_bytes=2 * SIZE)
     assert seen == [2 * SIZE] == [device.geometry.size_bytes]
+
+
+async def test_a_partial_write_is_not_starved_by_another(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    faults = FaultyDevice(MemoryDevice(1 << 20))
+    faults.delay("write", 0.01)
+    device = AlignedDevice(faults)
+
+    async def writes() -> None:
+        while True:
+            await device.write(1, b"x")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writes)
+        await trio.sleep(1)
+        with trio.fail_after(100):
+            await device.write(3, b"y")
+        nursery.cancel_scope.cancel()

@@ -61,3 +61,24 @@ async def test_a_cancelled_wait_leaves_nothing_behind(autojump_clock: object) ->
         async with lock.alone((0, 10)):
             raise AssertionError("not alone")
     assert not lock.exclusive
+
+
+async def test_a_wide_range_is_not_starved_by_two_narrow_ones(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    lock = RangeLock()
+
+    async def narrow(at: int, phase_s: float) -> None:
+        await trio.sleep(phase_s)
+        while True:
+            async with lock.alone((at, at + 1)):
+                await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(narrow, 1, 0)
+        nursery.start_soon(narrow, 2, 0.5)
+        await trio.sleep(2)
+        with trio.fail_after(100):
+            async with lock.alone((0, 10)):
+                pass
+        nursery.cancel_scope.cancel()
