@@ -18,16 +18,23 @@ from typing import Any
 from orion_iscsifs.block.align import AlignedDevice
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.writeback import WritebackCache
-from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
+from orion_iscsifs.config import AuthConfig, CacheConfig, CacheMode, MountConfig
 from orion_iscsifs.config.places import create_private, state_dir
-from orion_iscsifs.errors import DeviceError, LunNotFound, NotADisk, TargetNotFound
+from orion_iscsifs.errors import (
+    ConnectFailed,
+    DeviceError,
+    LunNotFound,
+    NotADisk,
+    TargetNotFound,
+)
 from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.initiator.dial import Nexus, Portal
-from orion_iscsifs.initiator.discovery import discover
+from orion_iscsifs.initiator.discovery import DiscoveredTarget, discover
 from orion_iscsifs.initiator.identity import hold_isid
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.initiator.probe import report_luns
 from orion_iscsifs.initiator.session import Session, open_session
+from orion_iscsifs.protocol.login import Credentials
 from orion_iscsifs.url import Source
 
 log = logging.getLogger(__name__)
@@ -76,18 +83,37 @@ async def open_stack(source: Source, config: MountConfig) -> AsyncIterator[Stack
     Raises an OrionError (connection, login, LUN) with nothing left open.
     """
     stack = Stack(config.cache.mode)
+    _warn_of_weak_secrets(config.session.auth)
     async with AsyncExitStack() as lifetimes:
         asked = Portal(source.host, source.port)
         if source.target is not None:
             await _open_target(lifetimes, stack, asked, source.target, source.lun, "", config)
         else:
-            for name, portal in await _discover(asked, config):
-                await _open_target(lifetimes, stack, portal, name, None, f"{name}/", config)
+            for target in await _discover(asked, config):
+                await _open_listed(lifetimes, stack, asked, target, config)
+            if not stack.luns:
+                raise LunNotFound(
+                    f"{asked}: no target of the portal has a disk LUN",
+                    advice="check which LUNs the targets show to this initiator name",
+                )
         yield stack
 
 
-async def _discover(asked: Portal, config: MountConfig) -> list[tuple[str, Portal]]:
-    """Every target of the portal; by way of the portal that was asked where the target is there."""
+def _warn_of_weak_secrets(auth: AuthConfig) -> None:
+    for option, chap in (("chap_user", auth.initiator), ("mutual_user", auth.target)):
+        if chap is None:
+            continue
+        if Credentials(user=chap.user, secret=chap.secret.reveal().encode()).is_weak:
+            log.warning(
+                "the secret of %s=%s is shorter than 96 bits: it can be guessed from one"
+                " recorded login (RFC 7143 §9.2.1)",
+                option,
+                chap.user,
+            )
+
+
+async def _discover(asked: Portal, config: MountConfig) -> list[DiscoveredTarget]:
+    """Every target of the portal."""
     with hold_isid(create_private(state_dir()), "discovery") as isid:
         targets = await discover(asked, config.session, isid)
     if not targets:
@@ -95,9 +121,37 @@ async def _discover(asked: Portal, config: MountConfig) -> list[tuple[str, Porta
             f"{asked}: the portal lists no targets",
             advice="check the target's access rules for this initiator name",
         )
-    return [
-        (target.name, asked if asked in target.portals else target.portals[0]) for target in targets
-    ]
+    return targets
+
+
+async def _open_listed(
+    lifetimes: AsyncExitStack,
+    stack: Stack,
+    asked: Portal,
+    target: DiscoveredTarget,
+    config: MountConfig,
+) -> None:
+    """One target that discovery found; one without a disk has no folder in the mount.
+
+    The portal that was asked is tried first even where the list does not name it: it can be
+    reached, and a list often holds addresses of networks that this host does not see. Then in the
+    order of the list, as long as the target is not at the portal.
+    """
+    portals = [asked, *(portal for portal in target.portals if portal != asked)]
+    for portal in portals:
+        try:
+            async with AsyncExitStack() as attempt:
+                prefix = f"{target.name}/"
+                await _open_target(attempt, stack, portal, target.name, None, prefix, config)
+                lifetimes.push_async_exit(attempt.pop_all())
+                return
+        except LunNotFound as error:
+            log.warning("%s", error)
+            return
+        except (ConnectFailed, TargetNotFound) as error:
+            if portal == portals[-1]:
+                raise
+            log.info("%s: %s", portal, error)
 
 
 async def _open_target(
@@ -112,8 +166,8 @@ async def _open_target(
     isid = lifetimes.enter_context(hold_isid(create_private(state_dir()), name))
     nexus = Nexus(target_name=name, isid=isid, config=config.session)
     session = await lifetimes.enter_async_context(open_session(portal, nexus))
-    stack.sessions.append(session)
     devices = await _open_disks(session, lun, read_only=config.fuse.read_only)
+    stack.sessions.append(session)
     for number, device in devices.items():
         layers = await _stack_layers(lifetimes, device, config.cache)
         path = f"{prefix}lun{number}"

@@ -29,7 +29,8 @@ from orion_iscsifs.config.sources import (
     parse_query,
     parse_toml,
 )
-from orion_iscsifs.config.words import LATER, OPTIONS, size_bytes
+from orion_iscsifs.config.values import size_bytes
+from orion_iscsifs.config.words import LATER, OPTIONS
 from orion_iscsifs.errors import MountError, UsageError
 
 NOWHERE = {"HOME": "/nonexistent"}

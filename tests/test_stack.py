@@ -142,6 +142,22 @@ async def test_wrong_credentials_are_refused(user: str, secret: str) -> None:
     assert secret not in caught.value.line
 
 
+async def test_a_short_secret_is_warned_about_once_and_never_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """RFC 7143 §9.2.1: 96 bits."""
+    chap = Chap(user="host", secret=Secret("eleven byte"))
+    auth = AuthConfig(initiator=ChapCredentials(user="host", secret=Secret("eleven byte")))
+    async with world(mount(auth=auth), chap=chap) as (running, _, stack):
+        running.drop_connections()
+        await stack.files["lun1"].write(0, b"x" * 512)
+        await stack.files["lun1"].flush()
+    warnings = [record.getMessage() for record in caplog.records if "96 bits" in record.msg]
+    assert len(warnings) == 1
+    assert "chap_user=host" in warnings[0]
+    assert "eleven byte" not in caplog.text
+
+
 async def test_a_target_that_can_not_prove_itself_is_refused() -> None:
     chap = Chap(
         user="host",
@@ -187,6 +203,18 @@ async def test_every_disk_of_every_target() -> None:
                 assert len(isids) == 1, "different targets see the same initiator port (§10.1.1)"
             async with open_stack(parse(running.url()), mount()) as stack:
                 assert list(stack.files) == ["lun0", "lun300"]
+
+
+async def test_a_target_without_disks_does_not_stop_the_others() -> None:
+    async with RamDevice(SIZE) as disk:
+        targets = [TargetConfig(iqn=f"{IQN}-a", units={}), TargetConfig(iqn=IQN, units={1: disk})]
+        async with serve(targets) as running:
+            _, port = running.portals[0]
+            # By name: the list holds the address, and the portal that was asked will do.
+            async with open_stack(parse(f"iscsi://localhost:{port}/"), mount()) as stack:
+                assert list(stack.files) == [f"{IQN}/lun1"]
+                assert stack.sessions[0].portal.host == "localhost"
+                assert len(stack.sessions) == len(running.sessions) == 1
 
 
 LIMITS = {

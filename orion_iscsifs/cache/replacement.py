@@ -16,7 +16,7 @@ queues (`queued` is cleared) and its owner brings it back with `add` once it is 
 full of dirty data is not scanned again and again.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Generic, Protocol, TypeVar
 
 
@@ -45,7 +45,8 @@ class S3Fifo(Generic[EntryT]):
     def __init__(self, entries_max: int) -> None:
         self._small: deque[EntryT] = deque()
         self._main: deque[EntryT] = deque()
-        self._ghosts: dict[int, None] = {}
+        # Not a plain dict: finding its first key walks over all that were deleted before it.
+        self._ghosts: OrderedDict[int, None] = OrderedDict()
         self._small_max = max(1, entries_max // self.SMALL_SHARE)
         self._ghosts_max = entries_max
 
@@ -86,5 +87,5 @@ class S3Fifo(Generic[EntryT]):
 
     def _remember(self, number: int) -> None:
         if len(self._ghosts) >= self._ghosts_max:
-            del self._ghosts[next(iter(self._ghosts))]
+            self._ghosts.popitem(last=False)
         self._ghosts[number] = None

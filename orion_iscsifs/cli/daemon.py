@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import trio
@@ -22,7 +23,7 @@ from orion_iscsifs.cli.report import Exit, Failed, orion_error
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.config.places import create_private, runtime_dir
 from orion_iscsifs.config.render import to_toml
-from orion_iscsifs.errors import OrionError
+from orion_iscsifs.errors import MountError, OrionError
 from orion_iscsifs.fuse.control import control_files
 from orion_iscsifs.fuse.mount import FuseMount
 from orion_iscsifs.fuse.operations import DeviceFiles
@@ -36,6 +37,8 @@ RETRY_S: Final = 5.0
 """Between two tries to flush after the mount has gone."""
 ABANDONED_S: Final = 5.0
 """How long the data path may take to end once its dirty data is given up."""
+CLOSE_S: Final = 20.0
+"""How long logging out may take once everything is durable."""
 PROGRESS_S: Final = 0.2
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -67,6 +70,7 @@ class Daemon:
         self._abandon = trio.Event()
         self._signals = 0
         self._state: str | None = None
+        self._failure: Exception | None = None
         self._lost_bytes = 0
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -94,37 +98,69 @@ class Daemon:
             fsname=self._source.redacted(),
             config=self._config.fuse,
         )
-        folder = create_private(runtime_dir())
-        operations = {"status": self._op_status, "flush": self._op_flush, "abandon": self._op_end}
+        path = control.socket_path(create_private(runtime_dir()), self._mountpoint)
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._watch_signals)
-            await nursery.start(
-                control.serve, control.socket_path(folder, self._mountpoint), operations
-            )
-            await nursery.start(self._mount.serve)
-            _log.info("%s is mounted on %s", self._source, self._mountpoint)
-            ready()
-            await self._mount.wait_ended()
-            self._state = "unmounting"
-            await self._drain()
+            nursery.start_soon(self._watch_signals, nursery)
+            await nursery.start(self._serve_control, path)
+            await nursery.start(self._serve_mount)
+            try:
+                _log.info("%s is mounted on %s", self._source, self._mountpoint)
+                ready()
+                await self._mount.wait_ended()
+            finally:
+                # Whatever ended it, dirty data is written first. Only `_abandon` ends this.
+                with trio.CancelScope(shield=True):
+                    self._state = "unmounting"
+                    self._mount.terminate()
+                    await self._mount.wait_ended()
+                    await self._drain()
             nursery.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve_mount(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """An error after the start is kept for the end: the devices must be flushed first."""
+        mounted = False
+
+        class Started(trio.TaskStatus[None]):
+            def started(self, value: None = None) -> None:
+                nonlocal mounted
+                mounted = True
+                task_status.started()
+
+        try:
+            await self._mount.serve(task_status=Started())
+        except Exception as error:
+            if not mounted:
+                raise
+            _log.critical("the file system ended: %s", error, exc_info=error)
+            self._failure = error
+        else:
+            if not mounted:
+                raise MountError(f"mount {self._mountpoint}: ended by a signal")
+
+    async def _serve_control(
+        self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        operations = {"status": self._op_status, "flush": self._op_flush, "abandon": self._op_end}
+        await control.serve(path, operations, task_status=task_status)
 
     # -- ending ----------------------------------------------------------------------------------
 
-    async def _watch_signals(
-        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _watch_signals(self, nursery: trio.Nursery) -> None:
+        """The first one unmounts and flushes, the second gives up what can't be written."""
         with trio.open_signal_receiver(*_SIGNALS) as received:
-            task_status.started()
             async for number in received:
                 self._signals += 1
                 _log.info("%s", signal.Signals(number).name)
-                if self._signals == 1:
-                    if self._state is None:
-                        self._state = "unmounting"
-                        await self._mount.unmount()
-                else:
+                if self._signals > 1:
                     self._give_up()
+                elif self._state is None:
+                    self._state = "unmounting"
+                    # Not awaited here: it may take long, and the second signal must be heard.
+                    nursery.start_soon(self._mount.unmount)
 
     async def _drain(self) -> None:
         """Flush until it works, or until somebody gives the data up."""
@@ -135,12 +171,15 @@ class Daemon:
                     await self._flush_all()
                     nursery.cancel_scope.cancel()
                     _log.info("everything is durable on the target")
+                    self._scope.deadline = trio.current_time() + CLOSE_S
                     return
-            except* OrionError as group:
+            except* Exception as group:
+                known = orion_error(group)
                 _log.error(
                     "%d bytes are not on the target yet: %s; trying again",
                     dirty_bytes(self.status()),
-                    group.exceptions[0],
+                    known or group.exceptions[0],
+                    exc_info=None if known else group,
                 )
             with trio.move_on_after(RETRY_S):
                 await self._abandon.wait()

@@ -8,15 +8,20 @@ terminal, tells through a pipe how the start went: `{"pid": …}`, then either `
 import json
 import logging
 import os
+import select
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, Final, NoReturn
 
 from orion_iscsifs.cli.report import Exit, Failed, describe, exit_code, orion_error, verbosity
 
 _log = logging.getLogger(__name__)
+
+INTERRUPTED_S: Final = 10.0
+"""How long an interrupted start may take to end."""
 
 Body = Callable[[Callable[[], None]], None]
 """Runs the daemon; calls its argument once the mount can be used."""
@@ -33,7 +38,7 @@ def run_in_background(body: Body, *, failure: int) -> None:
     os.close(writing)
     os.waitpid(first, 0)
     with os.fdopen(reading, "rb") as messages:
-        _await_ready(iter(messages.readline, b""), failure)
+        _await_ready(messages, failure)
 
 
 def _leave_terminal() -> None:
@@ -53,14 +58,18 @@ def _run(body: Body, writing: int, failure: int) -> NoReturn:
 
     pipe = open(writing, "wb", buffering=0)  # noqa: SIM115 (lives as long as the process)
 
-    def send(**message: Any) -> None:  # noqa: ANN401 (JSON)
+    def send(**message: Any) -> bool:  # noqa: ANN401 (JSON)
+        """Whether the command in front was still there to hear it."""
         if not pipe.closed:
-            # BrokenPipeError: the command in front was interrupted. It has ended us, or will.
             with suppress(BrokenPipeError):
                 pipe.write(json.dumps(message).encode() + b"\n")
+                return True
+        return False
 
     def ready() -> None:
-        send(ready=True)
+        if not send(ready=True):
+            # The command was interrupted, so nobody knows of this mount: it ends as it came.
+            os.kill(os.getpid(), signal.SIGTERM)
         pipe.close()
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 2)
@@ -80,7 +89,7 @@ def _run(body: Body, writing: int, failure: int) -> NoReturn:
     os._exit(code)
 
 
-def _await_ready(messages: Any, failure: int) -> None:  # noqa: ANN401 (an iterator of bytes)
+def _await_ready(messages: BinaryIO, failure: int) -> None:
     pid = 0
     try:
         for line in messages:
@@ -92,6 +101,17 @@ def _await_ready(messages: Any, failure: int) -> None:  # noqa: ANN401 (an itera
                 raise Failed(message["error"], message["code"])
     except KeyboardInterrupt:
         if pid:
-            os.kill(pid, signal.SIGTERM)
-        raise
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        _await_end(messages)
+        raise Failed("mount: interrupted", failure, advice="nothing is mounted") from None
     raise Failed("mount: the daemon died at its start", failure, advice="run it with -f to see why")
+
+
+def _await_end(messages: BinaryIO) -> None:
+    """Wait until the daemon has closed its end of the pipe, as its exit does."""
+    poll, ends = select.poll(), time.monotonic() + INTERRUPTED_S
+    poll.register(messages, select.POLLIN)
+    while (left_s := ends - time.monotonic()) > 0 and poll.poll(left_s * 1000):
+        if not os.read(messages.fileno(), 4096):
+            return

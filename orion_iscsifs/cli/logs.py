@@ -26,9 +26,7 @@ def configure(state: Path, mountpoint: str, *, foreground: bool, debug: bool) ->
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     elif _is_socket(SYSLOG_SOCKET):
-        handler = logging.handlers.SysLogHandler(
-            str(SYSLOG_SOCKET), facility=logging.handlers.SysLogHandler.LOG_DAEMON
-        )
+        handler = _Syslog(str(SYSLOG_SOCKET), facility=_Syslog.LOG_DAEMON)
         handler.ident = f"{PROGRAM}[{mountpoint}]: "
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
@@ -41,6 +39,14 @@ def configure(state: Path, mountpoint: str, *, foreground: bool, debug: bool) ->
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     # One line per request at DEBUG: of no use, and far too slow.
     logging.getLogger("pyfuse3").setLevel(logging.INFO)
+
+
+class _Syslog(logging.handlers.SysLogHandler):
+    """A syslog that hangs loses lines, instead of stopping the mount."""
+
+    def _connect_unixsocket(self, address: str) -> None:
+        super()._connect_unixsocket(address)  # type: ignore[misc]  # the only place of a socket
+        self.socket.setblocking(False)  # type: ignore[attr-defined]
 
 
 def log_file(state: Path, mountpoint: str) -> Path:

@@ -5,6 +5,7 @@ Three callers have three syntaxes: a user (`orion-iscsifs COMMAND …`), mount(8
 this program under other names (`cli/helpers.py`).
 """
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import click
 
 from orion_iscsifs import __version__
 from orion_iscsifs.cli.report import PROGRAM, Exit, one_line, report, say, verbosity
+from orion_iscsifs.config.words import OPTIONS
 from orion_iscsifs.errors import UsageError
 from orion_iscsifs.url import redact
 
@@ -106,7 +108,18 @@ def _usage(error: click.ClickException, words: Sequence[str]) -> UsageError:
     what = f"{command}: " if command else ""
     why = redact(one_line(error.format_message())).rstrip(".")
     why = why[:1].lower() + why[1:]
-    return UsageError(what + why, advice=f"{PROGRAM} {command or ''} --help".replace("  ", " "))
+    advice = f"{PROGRAM} {command or ''} --help".replace("  ", " ")
+    if isinstance(error, click.NoSuchOption):
+        name = error.option_name.lstrip("-")
+        why = f"no such option {error.option_name!r}"
+        if command == "mount" and name in OPTIONS:
+            advice = f"write -o {name}{'=…' if OPTIONS[name].shown else ''}"
+        elif error.possibilities:
+            advice = f"did you mean {error.possibilities[0]}?"
+    elif command is None and words:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        advice = f"did you mean {near[0]}?" if near else advice
+    return UsageError(what + why, advice=advice)
 
 
 def _as_mount(words: list[str]) -> list[str]:

@@ -16,7 +16,8 @@ from orion_iscsifs.config import MountConfig
 from orion_iscsifs.config.build import build
 from orion_iscsifs.config.places import create_private, runtime_dir, state_dir
 from orion_iscsifs.config.sources import Words, gather, merge, parse_query
-from orion_iscsifs.errors import MountError
+from orion_iscsifs.config.words import help_lines
+from orion_iscsifs.errors import MountError, UsageError
 from orion_iscsifs.monitor.control import socket_path
 
 if TYPE_CHECKING:
@@ -26,10 +27,20 @@ EARLIER_DAEMON_S: Final = 30.0
 """How long to wait for the daemon of an earlier mount of the same mount point to finish."""
 
 
-@click.command()
+class _MountCommand(click.Command):
+    """Shows the `-o` options after its own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Mount options (-o name,name=value,…; also keys of settings files)"):
+            for name, text in help_lines():
+                formatter.write(f"  {name:<26}  {text}\n")
+
+
+@click.command(cls=_MountCommand)
 @click.argument("source")
 @click.argument("mountpoint")
-@click.option("-o", "options", multiple=True, metavar="OPT,…", help="mount options")
+@click.option("-o", "options", multiple=True, metavar="OPT,…", help="mount options, see below")
 @click.option("-f", "--foreground", is_flag=True, help="stay in the foreground, log to stderr")
 def mount(source: str, mountpoint: str, options: tuple[str, ...], foreground: bool) -> None:
     """Mount SOURCE (iscsi://host[:port][/iqn[/lun]]) on the folder MOUNTPOINT."""
@@ -50,8 +61,8 @@ def mount_daemon(
     """
     source = url.parse(source_text)
     hide_arguments(f"mount {source.redacted()} {mountpoint}")
-    config, warnings = settings(source, options)
     try:
+        config, warnings = settings(source, options)
         # Heavy imports only now: a usage error comes at once.
         from orion_iscsifs.fuse.mountpoint import check
 
@@ -61,11 +72,11 @@ def mount_daemon(
         with _only_daemon(create_private(runtime_dir()), mountpoint):
             body = _body(source, mountpoint, config, open_stack, foreground=foreground)
             _start(body, foreground=foreground)
-    except Failed:
+    except (Failed, UsageError):
         raise
+    except KeyboardInterrupt:
+        raise Failed("mount: interrupted", Exit.MOUNT_FAILED) from None
     except Exception as error:
-        if verbosity.debug:
-            raise
         code = exit_code(error, failure=Exit.MOUNT_FAILED)
         raise Failed(describe(error), code) from error
 

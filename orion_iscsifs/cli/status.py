@@ -1,20 +1,28 @@
-"""`orion-iscsifs status`: every mount of this user, as a table or as JSON (INTERFACE §7)."""
+"""`orion-iscsifs status`: every mount of this user, as a table or as JSON (INTERFACE §7).
+
+One mount that hangs must not hide the others, so each is asked in a thread of its own and has a
+bounded time to answer.
+"""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 import click
 
-from orion_iscsifs.cli.report import PROGRAM
+from orion_iscsifs.cli.report import PROGRAM, warn
 from orion_iscsifs.config.places import runtime_dir
 from orion_iscsifs.errors import MountError
+from orion_iscsifs.fuse import apart
 from orion_iscsifs.fuse import mountpoint as mountpoints
-from orion_iscsifs.monitor.control import clients
+from orion_iscsifs.monitor.control import ControlClient, DaemonSilent, clients, socket_path
 from orion_iscsifs.monitor.status import Status, document, mount_status
 
-_ANSWER_TIMEOUT_S: Final = 10.0
+_ANSWER_TIMEOUT_S: Final = 5.0
+_ASKED_AT_ONCE_MAX: Final = 32
 
 
 @click.command()
@@ -22,10 +30,11 @@ _ANSWER_TIMEOUT_S: Final = 10.0
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show all mounts, or the one at MOUNTPOINT: LUNs, sessions, dirty bytes, errors."""
-    found = mounts()
-    if mountpoint is not None:
+    if mountpoint is None:
+        found = mounts()
+    else:
         resolved = mountpoints.resolve(mountpoint)
-        found = [mount for mount in found if mount["mountpoint"] == resolved]
+        found = mounts(only=resolved)
         if not found:
             raise MountError(
                 f"status {resolved}: no mount there", advice=f"`{PROGRAM} status` lists them all"
@@ -36,35 +45,72 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         _print(found)
 
 
-def mounts() -> list[Status]:
-    """From each daemon's control socket; mounts without one from the kernel's list."""
-    found: dict[str, Status] = {}
-    for client in clients(runtime_dir()):
+def mounts(*, only: str | None = None) -> list[Status]:
+    """From each daemon's control socket; what has none or hangs, from the kernel's list."""
+    folder = runtime_dir()
+    known = {str(socket_path(folder, mount.mountpoint)): mount for mount in mountpoints.ours()}
+    sockets = {str(client.path): client for client in clients(folder)}
+    names = [str(socket_path(folder, only))] if only is not None else [*sockets, *known]
+    questions = [
+        partial(_status, known.get(name), sockets.get(name)) for name in dict.fromkeys(names)
+    ]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE_MAX) as threads:
+        return [status for status in threads.map(_call, questions) if status is not None]
+
+
+def _call(question: Callable[[], Status | None]) -> Status | None:
+    return question()
+
+
+def _status(mount: mountpoints.Mounted | None, client: ControlClient | None) -> Status | None:
+    """None if there is neither a mount nor a daemon (any more)."""
+    if client is not None:
         try:
-            answer = client.ask("status", timeout_s=_ANSWER_TIMEOUT_S)["status"]
-        except MountError:  # it ended meanwhile, or hangs
-            continue
-        found[answer["mountpoint"]] = answer
-    for mount in mountpoints.ours():
-        if mount.mountpoint not in found:
-            found[mount.mountpoint] = _without_socket(mount)
-    return list(found.values())
+            answer: Status = client.ask("status", timeout_s=_ANSWER_TIMEOUT_S)["status"]
+        except DaemonSilent:
+            if mount is not None:
+                return _silent(mount, client)
+        except MountError:  # it ended meanwhile
+            pass
+        else:
+            return answer
+    return None if mount is None else _without_socket(mount)
+
+
+def _silent(mount: mountpoints.Mounted, client: ControlClient | None) -> Status:
+    pid = None
+    if client is not None:
+        try:
+            pid = client.pid()
+        except OSError:
+            pid = None
+    process = "its daemon" if pid is None else f"its daemon (process {pid})"
+    warn(
+        f"{mount.mountpoint}: {process} does not answer within {_ANSWER_TIMEOUT_S:g} s "
+        f"(`{PROGRAM} umount --force {mount.mountpoint}` ends it)"
+    )
+    return _outline(mount, "failed", pid)
 
 
 def _without_socket(mount: mountpoints.Mounted) -> Status:
     """A dead mount, or another user's."""
-    if mountpoints.is_dead(mount.mountpoint):
-        state: str | None = "failed"
-    else:
-        try:
-            text = Path(mount.mountpoint, ".orion", "status.json").read_text()
-            described: Status = json.loads(text)["mounts"][0]
-        except (OSError, ValueError, LookupError):
-            state = None
-        else:
-            return described
+    health = mountpoints.health(mount.mountpoint)
+    if health is mountpoints.Health.SILENT:
+        return _silent(mount, None)
+    if health is mountpoints.Health.DEAD:
+        return _outline(mount, "failed", None)
+    try:
+        text = apart.ask("read", os.path.join(mount.mountpoint, ".orion", "status.json"))
+        described: Status = json.loads(text)["mounts"][0]
+    except (OSError, ValueError, LookupError):
+        return _outline(mount, None, None)
+    return described
+
+
+def _outline(mount: mountpoints.Mounted, state: str | None, pid: int | None) -> Status:
+    """What the kernel's list alone tells."""
     known = mount_status(
-        mountpoint=mount.mountpoint, source=mount.source, pid=None, state=state, stack={}
+        mountpoint=mount.mountpoint, source=mount.source, pid=pid, state=state, stack={}
     )
     return {**known, "state": state}
 

@@ -15,7 +15,7 @@ import trio
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config.secrets import length_warnings, read_secret_file
 from orion_iscsifs.config.settings import Secret
-from orion_iscsifs.config.words import size_bytes
+from orion_iscsifs.config.values import size_bytes
 from orion_iscsifs.errors import OrionError, UsageError
 from orion_iscsifs.scsi.lun import LUN_MAX
 from orion_iscsifs.target import Chap, FileDevice, RamDevice, TargetConfig, open_backing, serve

@@ -17,13 +17,25 @@ from typing import Final
 from orion_iscsifs.cli.report import PROGRAM, Exit, Failed, say, warn
 from orion_iscsifs.config.places import runtime_dir
 from orion_iscsifs.errors import BusyError, MountError, OrionError
+from orion_iscsifs.fuse import apart
 from orion_iscsifs.fuse import mountpoint as mountpoints
-from orion_iscsifs.monitor.control import ControlClient, socket_path
+from orion_iscsifs.monitor.control import SILENCE_MAX_S, ControlClient, DaemonSilent, socket_path
+from orion_iscsifs.monitor.status import dirty_bytes
 
 FORCE_TIMEOUT_S: Final = 10.0
 """How long `--force` tries the gentle way, unless --timeout says otherwise."""
 ABANDON_TIMEOUT_S: Final = 10.0
 """How long a daemon that was told to give up may take, before it is killed."""
+CHECK_S: Final = 5.0
+"""How often a daemon that is awaited is asked whether it still works."""
+ENDING_MAX_S: Final = 60.0
+"""How long it may take to end after its control socket has gone."""
+UNSEEN_SYNC_S: Final = 300.0
+"""How long the files of a mount without a control socket may take to be fsynced."""
+SILENCE_MIN_S: Final = 2.0
+"""A short --timeout must not make a busy daemon look like a hanging one."""
+KILLED_S: Final = 10.0
+"""How long the kernel may take to end a killed daemon."""
 
 
 @dataclass(slots=True)
@@ -56,12 +68,21 @@ def unmount_safely(path: str, *, timeout_s: float | None = None, force: bool = F
         )
     deadline = _Deadline(FORCE_TIMEOUT_S if force and timeout_s is None else timeout_s)
     if alive:
-        with _process(client) as process:
-            _end(mountpoint, client, process, deadline, mounted=mount is not None, force=force)
+        try:
+            with _process(client) as process:
+                _end(mountpoint, client, process, deadline, mounted=mount is not None, force=force)
+        except KeyboardInterrupt:
+            raise _interrupted(mountpoint) from None
     elif mountpoints.is_dead(mountpoint):
         _clean_up(mountpoint)
     else:
         _unmount_unseen(mountpoint, force=force)
+
+
+def _interrupted(mountpoint: str) -> Failed:
+    still_mounted = mountpoints.find(mountpoint) is not None
+    advice = "still mounted" if still_mounted else "unmounted; the daemon goes on writing"
+    return Failed(f"umount {mountpoint}: interrupted", Exit.FAILED, advice=advice)
 
 
 def _end(
@@ -77,17 +98,11 @@ def _end(
     flushed = True
     if mounted:
         flushed = _flush(mountpoint, client, deadline, force=force)
-        try:
+        if force:
+            _detach(mountpoint, process, flushed=flushed)
+        else:
             mountpoints.unmount(mountpoint)
-        except BusyError:
-            if not force:
-                raise
-            mountpoints.unmount(mountpoint, lazy=True)
-            warn(f"{mountpoint} was in use; its users see an error from now on")
-            if flushed:
-                # Detached lazily, it lives on while it is used: the daemon has to be told to end.
-                _tell(process, signal.SIGTERM)
-    if _exited(process, deadline.left_s() if flushed else 0.0):
+    if _await_end(mountpoint, client, process, deadline.left_s() if flushed else 0.0):
         return
     if not force:
         raise Failed(
@@ -96,12 +111,66 @@ def _end(
             advice=f"it goes on; `{PROGRAM} umount {mountpoint}` waits again, --force gives up",
         )
     _abandon(mountpoint, client, process)
+    if mountpoints.find(mountpoint) is not None:  # it could not be detached before
+        mountpoints.unmount(mountpoint, lazy=True)
+
+
+def _detach(mountpoint: str, process: int, *, flushed: bool) -> None:
+    """Unmount, whoever uses it; what can't be done now is done once the daemon has gone."""
+    try:
+        mountpoints.unmount(mountpoint)
+    except BusyError:
+        with suppress(MountError):
+            mountpoints.unmount(mountpoint, lazy=True)
+        warn(f"{mountpoint} was in use; its users see an error from now on")
+        if flushed:
+            # Detached lazily, it lives on while it is used: the daemon has to be told to end.
+            _tell(process, signal.SIGTERM)
+    except MountError as error:
+        warn(str(error))
+
+
+def _await_end(
+    mountpoint: str, client: ControlClient, process: int, timeout_s: float | None
+) -> bool:
+    """Whether the daemon ended in time. Raises `Failed` if it hangs; None waits while it works."""
+    deadline, told, mute_s = _Deadline(timeout_s), False, 0.0
+    while True:
+        left_s = deadline.left_s()
+        if _exited(process, CHECK_S if left_s is None else min(left_s, CHECK_S)):
+            return True
+        if left_s is not None and left_s <= CHECK_S:
+            return False
+        try:
+            dirty = dirty_bytes(client.ask("status")["status"])
+        except MountError as error:
+            # Its socket goes first, then it logs out: that takes a moment, not minutes.
+            mute_s += CHECK_S
+            if isinstance(error, DaemonSilent) or mute_s > ENDING_MAX_S:
+                raise Failed(
+                    f"umount {mountpoint}: unmounted, but the daemon does not answer",
+                    Exit.FAILED,
+                    advice=f"`{PROGRAM} umount {mountpoint}` tries again, --force ends it",
+                ) from None
+        else:
+            if not told:
+                say(f"umount {mountpoint}: unmounted; still waiting for {dirty} bytes to be safe")
+            told = True
 
 
 def _flush(mountpoint: str, client: ControlClient, deadline: _Deadline, *, force: bool) -> bool:
     """Whether everything is durable. Without `force`, False is an exception instead."""
     try:
         flush_with_progress(client, timeout_s=deadline.left_s())
+    except DaemonSilent as error:
+        if not force:
+            raise Failed(
+                f"umount {mountpoint}: {error}",
+                Exit.FAILED,
+                advice="still mounted; try again, or end the daemon with --force "
+                "(what was not fsynced may be lost)",
+            ) from None
+        return False
     except OrionError as error:
         if not force:
             raise Failed(
@@ -119,7 +188,8 @@ def flush_with_progress(client: ControlClient, *, timeout_s: float | None = None
 
     ends = None if timeout_s is None else time.monotonic() + timeout_s
     with dirty_bar() as show:
-        for message in client.request("flush", timeout_s=timeout_s):
+        silence_s = SILENCE_MAX_S if timeout_s is None else min(timeout_s, SILENCE_MAX_S)
+        for message in client.request("flush", timeout_s=max(silence_s, SILENCE_MIN_S)):
             if "ok" in message:
                 return
             show(int(message.get("dirty_bytes") or 0))
@@ -130,11 +200,17 @@ def flush_with_progress(client: ControlClient, *, timeout_s: float | None = None
 
 def _abandon(mountpoint: str, client: ControlClient, process: int) -> None:
     lost: object = "unknown"
-    with suppress(MountError):
-        lost = client.ask("abandon", timeout_s=ABANDON_TIMEOUT_S).get("dirty_bytes")
-    if not _exited(process, ABANDON_TIMEOUT_S):
+    patience_s = ABANDON_TIMEOUT_S
+    try:
+        lost = client.ask("abandon", timeout_s=CHECK_S).get("dirty_bytes")
+    except DaemonSilent:
+        patience_s = 0.0
+    except MountError:
+        pass  # it is ending already
+    if not _exited(process, patience_s):
         _tell(process, signal.SIGKILL)
-        _exited(process, None)
+        if not _exited(process, KILLED_S):
+            warn(f"umount {mountpoint}: the kernel does not end the killed daemon")
     warn(f"umount {mountpoint}: given up, bytes that never reached the target: {lost}")
 
 
@@ -149,22 +225,16 @@ def _clean_up(mountpoint: str) -> None:
 def _unmount_unseen(mountpoint: str, *, force: bool) -> None:
     """A living mount without a control socket that we may reach (another user's, as a rule)."""
     try:
-        for folder, _, names in os.walk(mountpoint):
-            for name in names:
-                _fsync(os.path.join(folder, name))
+        apart.ask("sync", mountpoint, timeout_s=UNSEEN_SYNC_S)
     except OSError as error:
+        why = f"no answer after {UNSEEN_SYNC_S:g} s" if isinstance(error, apart.NoAnswer) else ""
         if not force:
-            raise MountError(f"umount {mountpoint}: {error.strerror}") from None
+            raise MountError(
+                f"umount {mountpoint}: {why or error.strerror}",
+                advice="still mounted; its daemon flushes it when it is told to end by SIGTERM",
+            ) from None
     mountpoints.unmount(mountpoint, lazy=force)
     warn(f"umount {mountpoint}: its control socket was not found, so its end was not awaited")
-
-
-def _fsync(path: str) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 * `settings`: the frozen structures that everything below the command line is given.
 * `words`: the vocabulary of INTERFACE §5; one word is an `-o` option, a TOML key and a URL key.
+* `values`: how the text of each becomes a value.
 * `sources`: `-o` strings and TOML files become words, later ones win.
 * `build`: words become a `MountConfig`; secrets are read from their files.
 * `render`: a `MountConfig` becomes the TOML that `.orion/config.toml` shows.

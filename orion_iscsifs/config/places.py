@@ -38,7 +38,10 @@ def create_private(folder: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = folder.stat().st_uid
     except OSError as error:
-        raise MountError(f"folder {folder}: can't be made: {error.strerror}") from None
+        raise MountError(
+            f"folder {folder}: can't be made: {error.strerror}",
+            advice="ORION_ISCSIFS_STATE and ORION_ISCSIFS_RUNTIME name other folders",
+        ) from None
     if owner not in {os.getuid(), 0}:
         raise MountError(f"folder {folder}: belongs to another user", advice="remove it")
     return folder

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from orion_iscsifs.config.words import SECRET_WORDS, Value, is_generic, parse_value
+from orion_iscsifs.config.values import Value
+from orion_iscsifs.config.words import SECRET_WORDS, is_generic, parse_value
 from orion_iscsifs.errors import UsageError
 
 Words = dict[str, Value]

@@ -1,176 +1,78 @@
-"""The vocabulary of INTERFACE §5: each option's name, and how its text becomes a value.
+"""The vocabulary of INTERFACE §5: each option's name, how its text becomes a value, its help.
 
 One word is an `-o` option, a TOML key and a URL query key, so there is one table. What INTERFACE
 names but this version lacks is in `LATER`: an error that says so, never accepted and ignored.
 """
 
 import difflib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from orion_iscsifs.config.settings import CacheMode, ChapAlgorithm, DigestPreference
+from orion_iscsifs.config import values
+from orion_iscsifs.config.settings import DigestPreference
+from orion_iscsifs.config.values import Parser, Value
 from orion_iscsifs.errors import UsageError
 
-Value = bool | int | float | str | tuple[ChapAlgorithm, ...] | None
-Parser = Callable[[str], Value]
-"""Raises ValueError with the words that follow "option x=y: "."""
 
-SIZE_BYTES_MAX: Final = 1 << 50
-QUEUE_DEPTH_MAX: Final = 4096
-_SUFFIX_SHIFT: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_ALGORITHMS: Final = {
-    "sha3-256": ChapAlgorithm.SHA3_256,
-    "sha256": ChapAlgorithm.SHA256,
-    "sha1": ChapAlgorithm.SHA1,
-    "md5": ChapAlgorithm.MD5,
-}
+@dataclass(frozen=True, slots=True)
+class Option:
+    """`shown` is what follows the name in the help ('' for a flag), `text` the line about it."""
+
+    parse: Parser
+    shown: str
+    text: str
 
 
-def size_bytes(text: str) -> int:
-    """`64K`, `1.5G`, `4096`: a positive number of bytes."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)", text.strip().upper(), re.ASCII)
-    if match is None:
-        raise ValueError("is no size: a number with K, M, G or T")
-    size = int(float(match[1]) * (1 << _SUFFIX_SHIFT[match[2]]))
-    if not 0 < size <= SIZE_BYTES_MAX:
-        raise ValueError("is out of range for a size")
-    return size
+_DIGEST = values.choice(*DigestPreference)
+_ONE_CONNECTION = values.only("1", "is not in this version: a session has 1 connection")
+_NO_RECOVERY = values.only("0", "is not in this version: ErrorRecoveryLevel is 0")
+_DIGEST_WORDS: Final = "CRC: crc32c, none, prefer-crc32c, prefer-none (prefer-none)"
 
-
-def _number(text: str, why: str) -> float:
-    if re.fullmatch(r"-?[0-9]{1,9}(?:\.[0-9]{1,6})?", text.strip(), re.ASCII) is None:
-        raise ValueError(why)
-    return float(text)
-
-
-def _seconds(text: str) -> float:
-    value = _number(text, "is no number of seconds")
-    if value <= 0:
-        raise ValueError("must be more than 0 seconds")
-    return value
-
-
-def _seconds_or_never(text: str) -> float:
-    value = _number(text, "is no number of seconds")
-    if value < 0 and value != -1:
-        raise ValueError("must be 0 or more seconds, or -1 for ever")
-    return value
-
-
-def _interval(text: str) -> float:
-    value = _number(text, "is no number of seconds")
-    if value < 0:
-        raise ValueError("must be 0 (never) or more seconds")
-    return value
-
-
-def _flag(text: str) -> bool:
-    if text.lower() in {"", "1", "true", "yes", "on"}:
-        return True
-    if text.lower() in {"0", "false", "no", "off"}:
-        return False
-    raise ValueError("takes no value")
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError("needs a value")
-    return text
-
-
-def _id(text: str) -> int:
-    if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) is None or int(text) > 0xFFFFFFFE:
-        raise ValueError("is no numeric id")
-    return int(text)
-
-
-def _mode(text: str) -> int:
-    if re.fullmatch(r"0?[0-7]{3}", text, re.ASCII) is None:
-        raise ValueError("is no file mode: three octal digits, 0600 for one")
-    return int(text, 8)
-
-
-def _choice(*words: str) -> Parser:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"is unknown: {', '.join(words)}")
-        return text
-
-    return parse
-
-
-def _cache(text: str) -> str:
-    if text == "log":
-        raise ValueError("is not in this version: none, writethrough, writeback")
-    _choice(*CacheMode)(text)
-    return text
-
-
-def _only(value: str, why: str) -> Parser:
-    def parse(text: str) -> int:
-        if text.strip() != value:
-            raise ValueError(why)
-        return int(value)
-
-    return parse
-
-
-def _queue_depth(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) and 1 <= int(text) <= QUEUE_DEPTH_MAX:
-        return int(text)
-    raise ValueError(f"is neither auto nor a number from 1 to {QUEUE_DEPTH_MAX}")
-
-
-def _readahead(text: str) -> str | int:
-    return text if text in {"auto", "off"} else size_bytes(text)
-
-
-def _algorithms(text: str) -> tuple[ChapAlgorithm, ...]:
-    """`sha256+md5` or `sha256:md5`: a comma would end an `-o` option."""
-    names = [name for name in re.split(r"[+:,\s]+", text.strip().lower()) if name]
-    unknown = [name for name in names if name not in _ALGORITHMS]
-    if unknown or not names:
-        raise ValueError(f"is unknown: {', '.join(_ALGORITHMS)}, joined with '+'")
-    return tuple(dict.fromkeys(_ALGORITHMS[name] for name in names))
-
-
-_DIGEST = _choice(*DigestPreference)
-
-OPTIONS: Final[Mapping[str, Parser]] = {
-    "ro": _flag,
-    "rw": _flag,
-    "allow_other": _flag,
-    "uid": _id,
-    "gid": _id,
-    "mode": _mode,
-    "hide_control": _flag,
-    "initiator_name": _text,
-    "chap_user": _text,
-    "chap_secret": _text,
-    "chap_secret_file": _text,
-    "mutual_user": _text,
-    "mutual_secret": _text,
-    "mutual_secret_file": _text,
-    "chap_algs": _algorithms,
-    "header_digest": _DIGEST,
-    "data_digest": _DIGEST,
-    "connections": _only("1", "is not in this version: a session has 1 connection"),
-    "erl": _only("0", "is not in this version: ErrorRecoveryLevel is 0"),
-    "queue_depth": _queue_depth,
-    "cache": _cache,
-    "cache_size": size_bytes,
-    "dirty_max": size_bytes,
-    "dirty_age": _seconds,
-    "readahead": _readahead,
-    "replacement_timeout": _seconds_or_never,
-    "login_timeout": _seconds,
-    "noop_interval": _interval,
-    "noop_timeout": _seconds,
-    "command_timeout": _seconds,
-    "config": _text,
+OPTIONS: Final[Mapping[str, Option]] = {
+    "ro": Option(values.flag, "", "read-only"),
+    "rw": Option(values.flag, "", "read and write (default)"),
+    "allow_other": Option(values.flag, "", "let other users in, as far as mode= does"),
+    "uid": Option(values.numeric_id, "=N", "owner of the device files (default: you)"),
+    "gid": Option(values.numeric_id, "=N", "their group (default: yours)"),
+    "mode": Option(values.mode, "=OCTAL", "their permissions (0600)"),
+    "hide_control": Option(values.flag, "", "no folder .orion in the mount"),
+    "initiator_name": Option(
+        values.nonempty,
+        "=NAME",
+        "who we are (as /etc/iscsi/initiatorname.iscsi says, else made once)",
+    ),
+    "chap_user": Option(values.nonempty, "=NAME", "log in with CHAP under this name"),
+    "chap_secret": Option(values.nonempty, "=SECRET", "seen by others: use chap_secret_file"),
+    "chap_secret_file": Option(values.nonempty, "=FILE", "its first line is the CHAP secret"),
+    "mutual_user": Option(values.nonempty, "=NAME", "the target has to prove to be this one"),
+    "mutual_secret": Option(values.nonempty, "=SECRET", "seen by others: use mutual_secret_file"),
+    "mutual_secret_file": Option(values.nonempty, "=FILE", "its first line is the target's secret"),
+    "chap_algs": Option(
+        values.algorithms, "=A+B", "CHAP algorithms: sha3-256, sha256, sha1, md5 (md5)"
+    ),
+    "header_digest": Option(_DIGEST, "=WORD", f"header {_DIGEST_WORDS}"),
+    "data_digest": Option(_DIGEST, "=WORD", f"data {_DIGEST_WORDS}"),
+    "connections": Option(_ONE_CONNECTION, "=1", "TCP connections of the session (only 1 so far)"),
+    "erl": Option(_NO_RECOVERY, "=0", "ErrorRecoveryLevel (only 0 so far)"),
+    "queue_depth": Option(values.queue_depth, "=auto|N", "commands in flight per LUN (auto)"),
+    "cache": Option(
+        values.cache, "=WORD", "none, writethrough, writeback: what write() waits for (writeback)"
+    ),
+    "cache_size": Option(values.size_bytes, "=SIZE", "RAM block cache (256M)"),
+    "dirty_max": Option(values.size_bytes, "=SIZE", "cap on unwritten bytes (half of cache_size)"),
+    "dirty_age": Option(values.seconds, "=S", "longest time that a block stays unwritten (5)"),
+    "readahead": Option(values.readahead, "=auto|off|SIZE", "largest readahead window (auto)"),
+    "replacement_timeout": Option(
+        values.seconds_or_never,
+        "=S",
+        "hold I/O so long while the target is away; 0: no, -1: for ever (120)",
+    ),
+    "login_timeout": Option(values.seconds, "=S", "for connecting and logging in (15)"),
+    "noop_interval": Option(values.interval, "=S", "ping a silent target so often; 0: never (5)"),
+    "noop_timeout": Option(values.seconds, "=S", "how long a ping may take (5)"),
+    "command_timeout": Option(values.seconds, "=S", "how long a command may take (30)"),
+    "config": Option(values.nonempty, "=FILE", "further settings, in TOML, of the same words"),
 }
 
 SECRET_WORDS: Final = frozenset({"chap_secret", "mutual_secret"})
@@ -248,14 +150,21 @@ def is_generic(name: str) -> bool:
     return name in GENERIC or name.startswith(("x-", "X-"))
 
 
+def help_lines() -> Iterator[tuple[str, str]]:
+    """`name=VALUE` and one line about it, for every option that should be used."""
+    for name, option in OPTIONS.items():
+        if name not in SECRET_WORDS:
+            yield name + option.shown, option.text
+
+
 def parse_value(name: str, text: str) -> tuple[str, Value]:
     """The option's own name (aliases resolved) and its value; `UsageError` for all else."""
     name = ALIASES.get(name, name)
-    parser = OPTIONS.get(name)
-    if parser is None:
+    option = OPTIONS.get(name)
+    if option is None:
         raise _unknown(name)
     try:
-        return name, parser(text)
+        return name, option.parse(text)
     except ValueError as error:
         shown = name if name in SECRET_WORDS or not text else f"{name}={text}"
         raise UsageError(f"option {_one_line(shown)}: {error}") from None
@@ -271,6 +180,6 @@ def _unknown(name: str) -> UsageError:
             f"option {name}: {LATER[name]}: not in this version", advice="leave the option out"
         )
     known = sorted({*OPTIONS, *LATER, *GENERIC} - SECRET_WORDS)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else "the manual lists the options"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    advice = f"did you mean {near[0]}?" if near else "`orion-iscsifs mount --help` lists them"
     return UsageError(f"option {_one_line(name)}: unknown option", advice=advice)

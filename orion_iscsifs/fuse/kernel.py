@@ -1,8 +1,11 @@
 """Limits that the kernel sets for a FUSE mount, raised where we may. Never fatal.
 
-Two of them throttle a block device badly (reference measurements on a 10 ms backend): at most 12
-requests in the background (1000 random reads/s; 5000 with 128) and 128 KiB of readahead (43 MB/s;
-384 with 4 MiB). pyfuse3 can't set them, so they are written to /sys, which needs root.
+At most 12 requests in the background throttle a block device badly: 1000 random reads/s from a
+backend 10 ms away, 5000 with 128. The kernel's readahead of 128 KiB is raised a little only. What
+hides a distant target is the cache's own readahead; behind a window of 4 MiB the two got in each
+other's way, and a near target was read at half the speed (docs/performance.md).
+
+pyfuse3 can't set either, so they are written to /sys, which needs root.
 """
 
 import ctypes
@@ -19,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 MAX_BACKGROUND: Final = 128
 CONGESTION_THRESHOLD: Final = 96
-READ_AHEAD_KB: Final = 4096
+READ_AHEAD_KB: Final = 512
 
 _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 _BDI: Final = Path("/sys/class/bdi")

@@ -47,6 +47,8 @@ class FuseMount:
         self._options = _options(fsname, config)
         self._loop = trio.CancelScope()
         self._ended = trio.Event()
+        self._device: str | None = None
+        """`major:minor` once it is mounted."""
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Mount, report `started` once the files can be read, answer until it is unmounted."""
@@ -62,8 +64,8 @@ class FuseMount:
                 nursery.cancel_scope.cancel()
         finally:
             filesystem.invalidate = lambda _inode: None
-            # Detaches the mount if it is still there, and closes the connection.
-            pyfuse3.close(unmount=True)
+            # Closes the connection, and detaches the mount if it is still there.
+            pyfuse3.close(unmount=self._is_topmost())
             readers.uninstall()
             self._ended.set()
 
@@ -105,6 +107,7 @@ class FuseMount:
         await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
         mount = mountpoints.find(self.mountpoint)
         if mount is not None:
+            self._device = mount.device
             self.limits = await trio.to_thread.run_sync(
                 raise_limits, mount.device, abandon_on_cancel=True
             )
@@ -112,7 +115,19 @@ class FuseMount:
 
     async def _unmount(self) -> None:
         # In a thread: the kernel may first write back pages of ours that were mapped.
+        if not self._is_topmost():
+            raise MountError(f"unmount {self.mountpoint}: detached already")
         await trio.to_thread.run_sync(mountpoints.unmount, self.mountpoint)
+
+    def _is_topmost(self) -> bool:
+        """Whether unmounting this path would unmount ours, and not what somebody put there since.
+
+        A lazily detached mount lives on while its files are open.
+        """
+        if self._device is None:
+            return True
+        mount = mountpoints.find(self.mountpoint)
+        return mount is not None and mount.device == self._device
 
     def _invalidate(self, inode: int) -> None:
         # Attributes only: the kernel takes this without waiting for anything of ours.

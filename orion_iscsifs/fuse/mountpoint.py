@@ -1,23 +1,26 @@
-"""Mount points: what is mounted where, whether we may mount here, and unmounting. No pyfuse3."""
+"""Mount points: what is mounted where, whether we may mount here, and unmounting. No pyfuse3.
 
-import ctypes
+Nothing here waits for a hanging daemon for longer than it says: see `fuse/apart.py`.
+"""
+
+import enum
 import errno
 import os
 import shutil
 import stat
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from orion_iscsifs.errors import BusyError, MountError
+from orion_iscsifs.fuse import apart
 
 SUBTYPE: Final = "orion-iscsifs"
 FS_TYPE: Final = f"fuse.{SUBTYPE}"
 FUSE_DEVICE: Final = Path("/dev/fuse")
 _FUSE_CONF: Final = Path("/etc/fuse.conf")
-_MNT_DETACH: Final = 2
-_UMOUNT_NOFOLLOW: Final = 8
+UNMOUNT_S: Final = 30.0
+"""How long an unmount may take: the kernel first writes back what programs have mapped."""
 _HOLDERS_SHOWN_MAX: Final = 4
 
 
@@ -70,17 +73,47 @@ def find(mountpoint: str) -> Mounted | None:
 def resolve(path: str) -> str:
     """Absolute, without links. Never asks a dead mount: its own name is not looked into."""
     folder, name = os.path.split(os.path.abspath(path))
-    plain = os.path.join(os.path.realpath(folder), name)
-    return plain if topmost(plain) is not None else os.path.realpath(plain)
+    plain = os.path.join(_realpath(folder), name)
+    return plain if topmost(plain) is not None else _realpath(plain)
+
+
+def _realpath(path: str) -> str:
+    if not any(mount.fs_type.startswith("fuse") for mount in mounted()):
+        return os.path.realpath(path)
+    try:
+        return apart.ask("realpath", path)
+    except apart.NoAnswer:
+        raise MountError(
+            f"{path}: a mount on the way there does not answer",
+            advice="`orion-iscsifs status` shows the state of ours",
+        ) from None
+
+
+class Health(enum.Enum):
+    """Whether somebody answers for a mount."""
+
+    ALIVE = enum.auto()
+    DEAD = enum.auto()
+    """The daemon has ended: the kernel answers ENOTCONN for it."""
+    SILENT = enum.auto()
+    """There is a daemon, and it did not answer within `apart.ANSWER_S`."""
+
+
+def health(mountpoint: str) -> Health:
+    """Ask the mount itself for a sign of life."""
+    try:
+        apart.ask("alive", mountpoint)
+    except apart.NoAnswer:
+        return Health.SILENT
+    except OSError as error:
+        if error.errno in {errno.ENOTCONN, errno.ECONNABORTED}:
+            return Health.DEAD
+    return Health.ALIVE
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether a mount's daemon has died: the kernel answers ENOTCONN for it."""
-    try:
-        os.statvfs(mountpoint)  # unlike stat(), never answered from the kernel's cache
-    except OSError as error:
-        return error.errno in {errno.ENOTCONN, errno.ECONNABORTED}
-    return False
+    """Whether a mount's daemon has died."""
+    return health(mountpoint) is Health.DEAD
 
 
 # -- may we mount here? --------------------------------------------------------------------------
@@ -109,7 +142,13 @@ def check(path: str, *, allow_other: bool = False) -> str:
 
 def _in_the_way(mountpoint: str, mount: Mounted) -> MountError:
     advice = f"orion-iscsifs umount {mountpoint}"
-    if is_dead(mountpoint):
+    state = health(mountpoint)
+    if state is Health.SILENT:
+        return MountError(
+            f"mount point {mountpoint}: busy: {mount.source} is mounted, and does not answer",
+            advice=f"{advice} --force",
+        )
+    if state is Health.DEAD:
         return MountError(f"mount point {mountpoint}: a mount whose daemon died", advice=advice)
     return MountError(f"mount point {mountpoint}: busy: {mount.source} is mounted", advice=advice)
 
@@ -163,30 +202,38 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 def _umount2(mountpoint: str, *, lazy: bool) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
-    if libc.umount2(os.fsencode(mountpoint), flags) == 0:
-        return
-    code = ctypes.get_errno()
-    if code == errno.EBUSY:
-        raise _busy(mountpoint)
-    raise MountError(f"unmount {mountpoint}: {os.strerror(code)}")
+    try:
+        apart.ask("detach" if lazy else "umount", mountpoint, timeout_s=UNMOUNT_S)
+    except apart.NoAnswer:
+        raise _not_in_time(mountpoint) from None
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _busy(mountpoint) from None
+        raise MountError(f"unmount {mountpoint}: {error.strerror}") from None
 
 
 def _fusermount(mountpoint: str, *, lazy: bool) -> None:
     program = shutil.which("fusermount3") or "fusermount3"
     arguments = [program, "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
-        done = subprocess.run(  # noqa: S603 (a fixed program, the path after --)
-            arguments, capture_output=True, text=True, errors="replace", check=False
-        )
+        code, said = apart.run(arguments, timeout_s=UNMOUNT_S)
+    except apart.NoAnswer:
+        raise _not_in_time(mountpoint) from None
     except OSError as error:
         raise MountError(f"unmount {mountpoint}: {program}: {error.strerror}") from None
-    if done.returncode == 0:
+    if code == 0:
         return
-    if "busy" in done.stderr.lower():
+    why = " ".join(said.decode(errors="replace").split())
+    if "busy" in why.lower():
         raise _busy(mountpoint)
-    raise MountError(f"unmount {mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}")
+    raise MountError(f"unmount {mountpoint}: {why or 'fusermount3 failed'}")
+
+
+def _not_in_time(mountpoint: str) -> MountError:
+    return MountError(
+        f"unmount {mountpoint}: not done after {UNMOUNT_S:g} s: its daemon does not answer",
+        advice=f"orion-iscsifs umount --force {mountpoint}",
+    )
 
 
 def _busy(mountpoint: str) -> BusyError:
@@ -215,6 +262,8 @@ def _loop_devices(prefix: str) -> list[str]:
 def _processes(mountpoint: str, prefix: str) -> list[str]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
+        if folder.name == str(os.getpid()):
+            continue  # a command that was called from inside the mount
         try:
             links = [folder / "cwd", *(folder / "fd").iterdir()]
         except OSError:  # it has ended, or it is not ours

@@ -35,6 +35,7 @@ from pyfuse3 import (
 
 from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.config import FuseConfig
+from orion_iscsifs.errors import OrionError
 from orion_iscsifs.fuse.buffers import BUFFER_BYTES, POOLED_BYTES_MIN, ReplyBuffers
 from orion_iscsifs.fuse.fixed import FixedOperations
 from orion_iscsifs.fuse.handlers import handler
@@ -76,12 +77,17 @@ class _File:
     size_bytes: int
     read_only: bool
     counters: "Counters"
+    flush_failures: int = 0
+    last_failure: OrionError | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Handle:
     file: _File
     fua: bool
+    failures_told: int
+    """Of the file's `flush_failures`, those that this handle's fsync has reported or that were
+    before its time: every open file hears of a failed write-back once (INTERFACE §6)."""
 
 
 class DeviceFiles(FixedOperations):
@@ -123,6 +129,8 @@ class DeviceFiles(FixedOperations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._handles.get(fh)
         if handle is None:
+            if fh not in self._texts:
+                raise FUSEError(errno.EBADF)
             return self._texts[fh][off : off + size]
         file = handle.file
         file.counters.reads += 1
@@ -143,7 +151,9 @@ class DeviceFiles(FixedOperations):
 
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._handles[fh]
+        handle = self._handles.get(fh)
+        if handle is None:
+            raise FUSEError(errno.EBADF)
         file = handle.file
         file.counters.writes += 1
         room = file.size_bytes - off
@@ -158,9 +168,18 @@ class DeviceFiles(FixedOperations):
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._handles.get(fh)
-        if handle is not None:
-            handle.file.counters.flushes += 1
-            await handle.file.device.flush()
+        if handle is None:
+            return
+        file = handle.file
+        file.counters.flushes += 1
+        try:
+            await file.device.flush()
+        except OrionError as error:
+            file.flush_failures += 1
+            file.last_failure = error
+        if handle.failures_told != file.flush_failures and file.last_failure is not None:
+            handle.failures_told = file.flush_failures
+            raise file.last_failure
 
     @handler
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
@@ -190,7 +209,9 @@ class DeviceFiles(FixedOperations):
         file = self._files[inode]
         if writes and file.read_only:
             raise FUSEError(errno.EROFS)
-        self._handles[fh] = _Handle(file, fua=bool(flags & _FUA_FLAGS))
+        self._handles[fh] = _Handle(
+            file, fua=bool(flags & _FUA_FLAGS), failures_told=file.flush_failures
+        )
         self._next_handle += 1
         return FileInfo(fh=fh, direct_io=False, keep_cache=True)
 

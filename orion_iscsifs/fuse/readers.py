@@ -32,6 +32,11 @@ in `__aexit__`, and the task that freed it then either
 A woken task finds the lock free and takes it, or finds it held and parks again: its holder is then
 under the same three cases.
 
+A request may be withdrawn (its caller was killed) after the poll and before the read. A blocking
+read would then stop the whole process, its control socket and its iSCSI sessions until the next
+request comes. So /dev/fuse is read without blocking, and a loop that ends with EAGAIN, which
+pyfuse3 knows nothing of, is begun anew.
+
 When the kernel has closed the connection, requests that are still held (the target is away) have
 nobody left to answer: the first loop that ends then calls `on_gone`, which cancels them.
 
@@ -40,6 +45,7 @@ does nothing and says so: the stock behaviour is slower and just as correct.
 """
 
 import logging
+import os
 import select
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -106,6 +112,7 @@ class _Lowlevel:
 
     async def wait_readable(self, fd: int) -> None:
         if fd != self._fd:
+            os.set_blocking(fd, False)
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
             self._fd = fd
@@ -113,8 +120,7 @@ class _Lowlevel:
         if self._in_a_row >= REQUESTS_PER_CHECKPOINT:
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
-        # Polled again after every wait: a request may be withdrawn (its caller was killed), and
-        # reading /dev/fuse in vain would block the whole process until the next one.
+        # Polled again after every wait: a request may be withdrawn (its caller was killed).
         while not self._poll.poll(0):
             self._in_a_row = 0
             await trio.lowlevel.wait_readable(fd)
@@ -155,7 +161,12 @@ class _Nursery:
 
     async def _run(self, task: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
         try:
-            await task(*args)
+            while True:
+                try:
+                    await task(*args)
+                except BlockingIOError:
+                    continue  # a request was withdrawn between poll and read: begin anew
+                return
         finally:
             self._ended()
 

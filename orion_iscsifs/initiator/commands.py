@@ -30,7 +30,7 @@ SYNCHRONIZE_PATIENCE: Final = 4.0
 
 
 async def _nothing() -> None:
-    """What to do about changed limits while the device is not open yet."""
+    """What to do about changed limits, or for a second look, while the device is not open yet."""
 
 
 @dataclass(slots=True)
@@ -46,20 +46,52 @@ class _Budget:
 class LogicalUnit:
     """One LUN of a session, addressed command by command."""
 
-    def __init__(self, session: Session, number: int) -> None:
+    def __init__(self, session: Session, number: int, *, urgent: bool = False) -> None:
+        """`urgent`: for the checks after a login only (see `Session.checks`)."""
         self.session = session
         self.number = number
         self._lun = encode_lun(number)
+        self._urgent = urgent
+        self._refusal: DeviceError | None = None
+        self._looking_again = False
+        self.deferred: DeviceError | None = None
+        """An error of an earlier, acknowledged write, told late: it belongs to the next flush."""
+        self.look_again: Callable[[], Awaitable[None]] = _nothing
+        """Awaited when a command comes for a unit that is refused; may `accept` it again."""
         self.reread_limits: Callable[[], Awaitable[None]] = _nothing
         """Awaited when the device says that its capacity or mode changed."""
 
+    def refuse(self, error: DeviceError) -> None:
+        """Until `accept`, no command is sent: they all fail with `error`, the held ones too."""
+        self._refusal = error
+        self.session.fail_held(self._lun, error)
+
+    def accept(self) -> None:
+        self._refusal = None
+
+    async def _refused(self) -> None:
+        """Another look; raises if the unit is still not the one it should be."""
+        if not self._looking_again:
+            self._looking_again = True
+            try:
+                await self.look_again()
+            finally:
+                self._looking_again = False
+        self._check_refusal()
+
+    def _check_refusal(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
+
     async def read(self, what: str, cdb: bytes, target: memoryview) -> int:
         """A command that returns data; how many bytes came. `what` names it in errors."""
-        task = await self.run(what, Task(self._lun, cdb, read_into=target))
+        task = await self.run(what, Task(self._lun, cdb, read_into=target, urgent=self._urgent))
         return task.read.received_bytes if task.read is not None else 0
 
     async def read_exactly(self, what: str, cdb: bytes, target: memoryview) -> None:
-        """As `read`; fewer bytes than asked for are the target's fault."""
+        """As `read`; fewer bytes than asked for, or more to send, are the target's fault."""
+        if self._refusal is not None:
+            await self._refused()
         task = Task(self._lun, cdb, read_into=target)
         await self.session.execute(task)
         if task.status:
@@ -71,26 +103,29 @@ class LogicalUnit:
                 f"{task.read.received_bytes} of {len(target)} bytes came with status GOOD",
                 section="11.4.5",
             )
+        if task.residual_bytes:
+            # Its count of bytes is not ours: other blocks, and so another place on the disk.
+            raise _residual(what, task)
 
     async def write(self, what: str, cdb: bytes, source: memoryview) -> None:
         """A command that sends data."""
+        if self._refusal is not None:
+            await self._refused()
         task = Task(self._lun, cdb, write_from=source)
         await self.session.execute(task)
         if task.status:
             task = await self._again(what, task)
         if task.residual_bytes:
-            raise ProtocolViolation(
-                what,
-                f"residual {task.residual_bytes} of {len(source)} bytes with status GOOD",
-                section="11.4.5",
-            )
+            raise _residual(what, task)
 
     async def command(self, what: str, cdb: bytes, *, patience: float = 1.0) -> None:
         """A command without data."""
-        await self.run(what, Task(self._lun, cdb, patience=patience))
+        await self.run(what, Task(self._lun, cdb, patience=patience, urgent=self._urgent))
 
     async def run(self, what: str, task: Task) -> Task:
         """Carry a task out until it succeeds (the one that did) or raise a DeviceError."""
+        if self._refusal is not None:
+            await self._refused()
         await self.session.execute(task)
         return await self._again(what, task) if task.status else task
 
@@ -103,9 +138,13 @@ class LogicalUnit:
             if action is Action.DONE:
                 break
             if action is Action.FAIL:
-                raise self._failure(what, task, sense)
+                failure = self._failure(what, task, sense)
+                if sense is not None and sense.deferred:
+                    self.deferred = failure
+                raise failure
             log.info("%s: %s", what, verdict.error(what, task.status, sense))
             await self._prepare_retry(action, budget, what, task, sense)
+            self._check_refusal()
             task = task.again()
             await self.session.execute(task)
         return task
@@ -132,3 +171,11 @@ class LogicalUnit:
 
     def _failure(self, what: str, task: Task, sense: SenseData | None) -> DeviceError:
         return verdict.error(f"LUN {self.number}: {what}", task.status, sense)
+
+
+def _residual(what: str, task: Task) -> ProtocolViolation:
+    return ProtocolViolation(
+        what,
+        f"residual {task.residual_bytes} of {task.expected_bytes} bytes with status GOOD",
+        section="11.4.5",
+    )

@@ -15,7 +15,8 @@ The first of the three to meet an error ends all of them; `run()` raises that er
 session decides what happens to the commands in flight. Nothing here retries.
 """
 
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NoReturn
 
 import trio
@@ -27,12 +28,16 @@ from orion_iscsifs.initiator.wire import Wire
 from orion_iscsifs.protocol.framing import encode
 from orion_iscsifs.protocol.pdu import NopOut, Pdu
 
+log = logging.getLogger(__name__)
+
 Buffer = bytes | bytearray | memoryview
 
 _READS_BEFORE_YIELD: Final = 4
 """Receive calls in a row before other tasks get their turn, however much arrives."""
 _PING_DATA: Final = b"orion-iscsifs"
 _WATCH_STEP_MAX_S: Final = 1.0
+_LATE_S: Final = 0.5
+"""The watchdog woke up so much too late: this process was stopped, or very busy."""
 
 
 class CommandTimedOut(ConnectionLost):
@@ -47,6 +52,7 @@ class Connection:
         wire: Wire,
         owner: Owner,
         exp_stat_sn: int,
+        early: Sequence[Pdu] = (),
         *,
         noop_interval_s: float,
         noop_timeout_s: float,
@@ -60,8 +66,10 @@ class Connection:
         self._data_digest = wire.framer.data_digest
         self._keepalive = Keepalive(noop_interval_s, noop_timeout_s, trio.current_time())
         self._command_timeout_s = command_timeout_s
+        self._early = early
         self._outbox: list[Buffer] = []
         self._sleeping_writer: trio.lowlevel.Task | None = None
+        self._starved_since: float | None = None
         self._scope = trio.CancelScope()
         self._failure: OrionError | None = None
 
@@ -83,11 +91,17 @@ class Connection:
             await part()
         except OrionError as error:
             self.fail(error)
+        except Exception as error:
+            # A bug, perhaps woken by the target's bytes: the mount has to outlive it.
+            log.exception("%s: the connection is given up", self._wire.peer)
+            self.fail(ConnectionLost(f"{self._wire.peer}: internal error: {error!r}"))
 
     def fail(self, error: OrionError) -> None:
         """End the connection because of `error`; the first one counts."""
         if self._failure is None:
             self._failure = error
+        # The writer may be about to run once more; after this it can't send anything.
+        self._wire.shutdown()
         self._scope.cancel()
 
     # -- sending -----------------------------------------------------------------------------
@@ -139,6 +153,8 @@ class Connection:
 
     async def _read(self) -> None:
         wire, handle = self._wire, self.inbound.handle
+        for pdu in self._early:
+            handle(pdu)
         turns = 0
         while True:
             pdus = wire.receive_nowait()
@@ -160,8 +176,11 @@ class Connection:
         step_s = min(_WATCH_STEP_MAX_S, self._command_timeout_s / 4 or _WATCH_STEP_MAX_S)
         while True:
             now = trio.current_time()
-            await trio.sleep_until(min(self._keepalive.deadline, now + step_s))
+            due = max(now, min(self._keepalive.deadline, now + step_s))
+            await trio.sleep_until(due)
             now = trio.current_time()
+            if now - due > _LATE_S:
+                continue  # We slept, not the target: what it sent meanwhile is read first.
             self._check_commands(now)
             match self._keepalive.check(now):
                 case Action.SEND_PING:
@@ -187,6 +206,15 @@ class Connection:
     def _check_commands(self, now: float) -> None:
         if not self._command_timeout_s:
             return
+        if not self._owner.starved:
+            self._starved_since = None
+        elif self._starved_since is None:
+            self._starved_since = now
+        elif now - self._starved_since >= self._command_timeout_s:
+            raise CommandTimedOut(
+                f"{self._wire.peer}: the target has kept its command window closed for"
+                f" {self._command_timeout_s:g} s"
+            )
         for task in self._owner.tasks.values():
             if now - task.started_at >= self._command_timeout_s * task.patience:
                 task.timeouts += 1

@@ -18,7 +18,7 @@ from orion_iscsifs.initiator.wire import Wire
 from orion_iscsifs.protocol.framing import Framer, encode
 from orion_iscsifs.protocol.keys import Parameters
 from orion_iscsifs.protocol.login import Credentials, InitiatorLogin, Offer
-from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse
+from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, Pdu
 
 _LOGIN_SEGMENT_BYTES_MAX: Final = 8192
 """MaxRecvDataSegmentLength while the login phase lasts (RFC 7143 §13.12)."""
@@ -65,6 +65,8 @@ class LoggedIn:
     exp_stat_sn: int
     exp_cmd_sn: int
     max_cmd_sn: int
+    early: list[Pdu]
+    """What the target sent right behind its last Login Response."""
 
 
 async def connect(portal: Portal, timeout_s: float) -> socket.socket:
@@ -80,6 +82,11 @@ async def connect(portal: Portal, timeout_s: float) -> socket.socket:
     except socket.gaierror as error:
         raise ConnectFailed(
             f"{portal}: host name not found: {error.strerror}", advice="check the host name"
+        ) from None
+    except ValueError:
+        # What the resolver's own encoding refuses (UnicodeError): an empty or overlong label.
+        raise ConnectFailed(
+            f"{portal}: this can't be a host name", advice="check the host name"
         ) from None
     except OSError as error:
         raise ConnectFailed(
@@ -135,7 +142,7 @@ async def _log_in(wire: Wire, nexus: Nexus, cmd_sn: int) -> LoggedIn:
         chap_algorithms=tuple(int(algorithm) for algorithm in config.auth.algorithms),
         random_bytes=os.urandom,
     )
-    await _exchange(wire, login)
+    early = await _exchange(wire, login)
     parameters = login.parameters
     wire.framer.data_segment_length_max = parameters.max_recv_data_segment_length
     wire.framer.header_digest = parameters.header_digest
@@ -148,13 +155,15 @@ async def _log_in(wire: Wire, nexus: Nexus, cmd_sn: int) -> LoggedIn:
         login.exp_stat_sn,
         login.exp_cmd_sn,
         login.max_cmd_sn,
+        early,
     )
 
 
-async def _exchange(wire: Wire, login: InitiatorLogin) -> None:
-    """Requests and responses in turn until the login phase is over."""
+async def _exchange(wire: Wire, login: InitiatorLogin) -> list[Pdu]:
+    """Requests and responses in turn until the login phase is over; what came behind it."""
     request: LoginRequest | None = login.start()
     answered = False
+    pdus: list[Pdu] = []
     while request is not None:
         await wire.send(encode(request, header_digest=False, data_digest=False))
         try:
@@ -165,15 +174,20 @@ async def _exchange(wire: Wire, login: InitiatorLogin) -> None:
             if answered:
                 raise
             raise _stranger(wire, error) from None
-        response = pdus[0]
-        if len(pdus) > 1 or not isinstance(response, LoginResponse):
-            raise ProtocolViolation(
-                response.name,
-                "during the login phase, where one Login Response is due",
-                section="6.3",
-            )
+        response = pdus.pop(0)
+        if not isinstance(response, LoginResponse):
+            raise _misplaced(response)
         answered = True
         request = login.receive(response)
+        if request is not None and pdus:
+            raise _misplaced(pdus[0])
+    return pdus
+
+
+def _misplaced(pdu: Pdu) -> ProtocolViolation:
+    return ProtocolViolation(
+        pdu.name, "during the login phase, where one Login Response is due", section="6.3"
+    )
 
 
 def _stranger(wire: Wire, error: ProtocolViolation | ConnectionLost) -> NotIscsi:

@@ -1,12 +1,14 @@
 """SendTargets discovery: which targets a portal knows (RFC 7143 §4.3 and Appendix C)."""
 
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from orion_iscsifs.config import SessionConfig
-from orion_iscsifs.errors import ConnectFailed, ProtocolViolation
+from orion_iscsifs.errors import ConnectFailed, OrionError, ProtocolViolation
 from orion_iscsifs.initiator.dial import LoggedIn, Nexus, Portal, dial
 from orion_iscsifs.protocol.framing import encode
 from orion_iscsifs.protocol.pdu import (
@@ -22,10 +24,13 @@ from orion_iscsifs.protocol.pdu import (
 from orion_iscsifs.protocol.sequence import StatusCounter
 from orion_iscsifs.protocol.text import TextReader, encode_text
 
+log = logging.getLogger(__name__)
+
 _FIRST_CMD_SN: Final = 1
 _ANSWER_BYTES_MAX: Final = 16 << 20
 """Bound for a whole list of targets: some 100,000 of them."""
 _LOGOUT_TIMEOUT_S: Final = 2.0
+_UNSPECIFIED: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not bound to)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,8 @@ async def discover(portal: Portal, config: SessionConfig, isid: bytes) -> list[D
     try:
         with trio.fail_after(config.command_timeout_s or float("inf")):
             text = await exchange.send_targets()
-        with trio.move_on_after(_LOGOUT_TIMEOUT_S):
+        # The answer is there: how the connection ends does not matter any more.
+        with trio.move_on_after(_LOGOUT_TIMEOUT_S), suppress(OrionError):
             await exchange.logout()
     except trio.TooSlowError:
         raise ConnectFailed(f"{portal}: no answer to SendTargets") from None
@@ -61,6 +67,7 @@ class _Exchange:
         self._status = StatusCounter(logged_in.exp_stat_sn)
         self._cmd_sn = logged_in.cmd_sn
         self._tag = 1
+        self._received = logged_in.early
 
     async def send_targets(self) -> list[tuple[str, str]]:
         """All key=value pairs of the answer, however many PDUs it takes (§11.11)."""
@@ -109,19 +116,22 @@ class _Exchange:
     async def _answer(self) -> Pdu:
         """The next PDU that is not a ping; pings are answered (§11.18)."""
         while True:
-            for pdu in await self._wire.receive():
-                if not isinstance(pdu, NopIn):
-                    return pdu
-                if pdu.target_transfer_tag != NO_TAG:
-                    answer = NopOut(NO_TAG, pdu.target_transfer_tag, pdu.lun, cmd_sn=self._cmd_sn)
-                    answer.exp_stat_sn = self._status.exp_stat_sn
-                    await self._send(answer)
+            while not self._received:
+                self._received = await self._wire.receive()
+            pdu = self._received.pop(0)
+            if not isinstance(pdu, NopIn):
+                return pdu
+            if pdu.target_transfer_tag != NO_TAG:
+                answer = NopOut(NO_TAG, pdu.target_transfer_tag, pdu.lun, cmd_sn=self._cmd_sn)
+                answer.exp_stat_sn = self._status.exp_stat_sn
+                await self._send(answer)
 
 
 def parse_targets(pairs: list[tuple[str, str]], asked: Portal) -> list[DiscoveredTarget]:
     """TargetName, each followed by its TargetAddress lines (RFC 7143 Appendix C).
 
-    A target without an address is at the portal that was asked.
+    A target without an address is at the portal that was asked. An address that is none, or that
+    names no host (a target bound to 0.0.0.0), is left out; so is one that is listed twice.
     """
     found: dict[str, list[Portal]] = {}
     portals: list[Portal] | None = None
@@ -133,8 +143,18 @@ def parse_targets(pairs: list[tuple[str, str]], asked: Portal) -> list[Discovere
                 raise ProtocolViolation(
                     "Text Response", "TargetAddress before any TargetName", section="C"
                 )
-            portals.append(parse_address(value))
+            _add_address(portals, value)
     return [DiscoveredTarget(name, tuple(found[name]) or (asked,)) for name in found]
+
+
+def _add_address(portals: list[Portal], text: str) -> None:
+    try:
+        portal = parse_address(text)
+    except ProtocolViolation as error:
+        log.warning("%s", error)
+        return
+    if portal not in portals and portal.host not in _UNSPECIFIED:
+        portals.append(portal)
 
 
 def parse_address(text: str) -> Portal:

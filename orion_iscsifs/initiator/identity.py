@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from orion_iscsifs.errors import BusyError, UsageError
+from orion_iscsifs.errors import BusyError, MountError
 
 SYSTEM_NAME_FILE: Final = Path("/etc/iscsi/initiatorname.iscsi")
 _SESSIONS_MAX: Final = 256
@@ -41,7 +41,7 @@ def load_initiator_name(state_dir: Path, system_file: Path = SYSTEM_NAME_FILE) -
 
 def _read_name(path: Path) -> str | None:
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except OSError:
         return None
     found = re.search(r"^\s*InitiatorName\s*=\s*(\S+)\s*$", text, re.MULTILINE)
@@ -56,10 +56,7 @@ def _keep(path: Path, text: str) -> None:
         draft.write_text(text)
         draft.replace(path)
     except OSError as error:
-        raise UsageError(
-            f"state directory {path.parent}: {error.strerror}",
-            advice="set ORION_ISCSIFS_STATE to a directory that can be written",
-        ) from None
+        raise _unusable(path.parent, error) from None
 
 
 def _host_bits(state_dir: Path) -> bytes:
@@ -75,19 +72,33 @@ def _host_bits(state_dir: Path) -> bytes:
     return kept
 
 
+def _open_lock(path: Path) -> int:
+    try:
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _unusable(path.parent, error) from None
+
+
+def _unusable(folder: Path, error: OSError) -> MountError:
+    return MountError(
+        f"state directory {folder}: {error.strerror}",
+        advice="set ORION_ISCSIFS_STATE to a directory that can be written",
+    )
+
+
 @contextmanager
 def hold_isid(state_dir: Path, target_name: str) -> Iterator[bytes]:
     """An ISID (6 bytes) that no other live session of this host to the target uses.
 
     It is free again when the context ends or the process dies. Raises BusyError when all
-    qualifiers are taken, UsageError when the state directory can't be written.
+    qualifiers are taken, MountError when the state directory can't be written.
     """
     bits = _host_bits(state_dir)
     stem = hashlib.sha256(target_name.encode()).hexdigest()[:16]
     locks = state_dir / "sessions"
-    locks.mkdir(exist_ok=True, mode=0o700)
     for qualifier in range(_SESSIONS_MAX):
-        lock = os.open(locks / f"{stem}-{qualifier}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = _open_lock(locks / f"{stem}-{qualifier}.lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

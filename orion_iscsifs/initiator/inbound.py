@@ -34,6 +34,10 @@ class Owner(Protocol):
     tasks: dict[int, Task]
     """Commands in flight by Initiator Task Tag, the oldest first."""
 
+    @property
+    def starved(self) -> bool:
+        """Commands wait for a window that nothing in flight will open."""
+
     def task_done(self, task: Task) -> None:
         """The task's outcome is known."""
 
@@ -74,16 +78,32 @@ class Inbound:
             raise ProtocolViolation(
                 pdu.name, "has no place in the full-feature phase", section="11.1"
             )
-        handler(pdu)
+        try:
+            handler(pdu)
+        except ProtocolViolation:
+            self._blame(pdu.initiator_task_tag)
+            raise
+
+    def _blame(self, initiator_task_tag: int) -> None:
+        """The violation is in what the target sent for this command, if it is one."""
+        task = self._owner.tasks.get(initiator_task_tag)
+        if task is not None:
+            task.violations += 1
 
     def place(self, pdu: Pdu, length: int) -> memoryview | None:
         """Where a Data-In's data segment belongs: in its reader's own buffer (a framing Sink)."""
         if type(pdu) is not DataIn:
             return None
         task = self._task(pdu)
-        if task.read is None or task.read_into is None:
-            raise ProtocolViolation(pdu.name, "for a command that reads nothing", section="11.7")
-        offset = task.read.place(pdu, length)
+        try:
+            if task.read is None or task.read_into is None:
+                raise ProtocolViolation(
+                    pdu.name, "for a command that reads nothing", section="11.7"
+                )
+            offset = task.read.place(pdu, length)
+        except ProtocolViolation:
+            task.violations += 1
+            raise
         return task.read_into[offset : offset + length]
 
     def _task(self, pdu: Pdu) -> Task:
@@ -96,8 +116,12 @@ class Inbound:
 
     def _data_in(self, pdu: DataIn) -> None:
         task = self._task(pdu)
-        if not pdu.data and task.read is not None:
+        if not pdu.data:
             # A data segment of length 0 did not pass through place().
+            if task.read is None:
+                raise ProtocolViolation(
+                    pdu.name, "for a command that reads nothing", section="11.7"
+                )
             task.read.place(pdu, 0)
         self._see_window(pdu.exp_cmd_sn, pdu.max_cmd_sn)
         if pdu.has_status and self.status.advance(pdu.stat_sn, pdu.name):
@@ -153,6 +177,8 @@ class Inbound:
 
     def _reject(self, pdu: Reject) -> None:
         self.status.advance(pdu.stat_sn, pdu.name)
+        # Its data is the header of what was rejected, with that command's tag (§11.17.4).
+        self._blame(int.from_bytes(pdu.data[16:20], "big"))
         raise ProtocolViolation(
             pdu.name, f"the target rejected a PDU, reason {pdu.reason:#04x}", section="11.17.1"
         )

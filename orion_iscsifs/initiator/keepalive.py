@@ -17,7 +17,7 @@ class Action(enum.Enum):
 
 @dataclass(slots=True)
 class Keepalive:
-    """Times in seconds, on the clock of the caller's `now`. An interval of 0 turns it off."""
+    """Times in seconds, on the clock of the caller's `now`. A 0 in either turns it off."""
 
     interval_s: float
     timeout_s: float
@@ -27,7 +27,7 @@ class Keepalive:
     @property
     def deadline(self) -> float:
         """When `check` has to be asked next at the latest."""
-        if not self.interval_s:
+        if not self.interval_s or not self.timeout_s:
             return float("inf")
         if self.pinged_at is not None and self.pinged_at > self.last_received:
             return self.pinged_at + self.timeout_s

@@ -1,10 +1,18 @@
-"""A LUN as a BlockDevice: byte ranges become READ, WRITE, SYNCHRONIZE CACHE and UNMAP."""
+"""A LUN as a BlockDevice: byte ranges become READ, WRITE, SYNCHRONIZE CACHE and UNMAP.
+
+A target that comes back after an outage may show another disk under the same number, or the same
+one with another size. So the LUN is probed again after each new login before a held command is
+sent, and a LUN that is another disk is refused: reading it would give wrong data, and writing to
+it would destroy somebody else's.
+"""
 
 import logging
 from typing import Final, Self
 
+import trio
+
 from orion_iscsifs.block.device import Buffer, Geometry, GeometryListener, check_request
-from orion_iscsifs.errors import NotSupported, WriteProtected
+from orion_iscsifs.errors import DeviceError, NotSupported, WriteProtected
 from orion_iscsifs.initiator.commands import SYNCHRONIZE_PATIENCE, LogicalUnit
 from orion_iscsifs.initiator.probe import LunInfo, probe
 from orion_iscsifs.initiator.session import Session
@@ -14,8 +22,15 @@ from orion_iscsifs.scsi.provisioning import encode_unmap
 log = logging.getLogger(__name__)
 
 _ZERO_BYTES_MAX: Final = 1 << 20
+_SETTLE_S: Final = 5.0
+_SETTLE_STEP_S: Final = 0.25
+"""How long, and how often, a LUN that is missing after a new login is asked for."""
 _UNMAP_BLOCKS_MAX: Final = 1 << 22
 """Our own limit for one UNMAP when the device states none."""
+
+
+class _AnotherDisk(DeviceError):
+    """The LUN's number is the same and its disk is not."""
 
 
 class LunDevice:
@@ -28,6 +43,8 @@ class LunDevice:
         self._synchronizes = True
         self._take(info)
         unit.reread_limits = self._reread
+        unit.look_again = self._look_again
+        unit.session.checks.append(self._check_after_login)
 
     @classmethod
     async def open(cls, session: Session, number: int, *, read_only: bool) -> Self:
@@ -78,6 +95,9 @@ class LunDevice:
     async def flush(self) -> None:
         if not self._geometry.write_cache or not self._synchronizes or self._geometry.read_only:
             return
+        deferred, self._unit.deferred = self._unit.deferred, None
+        if deferred is not None:
+            raise deferred
         try:
             await self._unit.command(
                 "SYNCHRONIZE CACHE", cdb.synchronize_cache(), patience=SYNCHRONIZE_PATIENCE
@@ -86,6 +106,10 @@ class LunDevice:
             # No such command means no volatile cache to write out (SBC-4 §4.15).
             log.info("LUN %d has no SYNCHRONIZE CACHE: taken as having no cache", self._unit.number)
             self._synchronizes = False
+        except DeviceError:
+            # Whatever was told late is told now.
+            self._unit.deferred = None
+            raise
 
     async def discard(self, offset: int, length: int) -> None:
         self._check_write(offset, length)
@@ -111,11 +135,54 @@ class LunDevice:
             raise WriteProtected(f"LUN {self._unit.number} is read-only")
         check_request(self._geometry, offset, length)
 
+    async def _check_after_login(self) -> None:
+        """Raises a TransportError or ProtocolViolation only: what the device says is its own."""
+        unit = LogicalUnit(self._unit.session, self._unit.number, urgent=True)
+        settled = trio.current_time() + _SETTLE_S
+        while True:
+            try:
+                self._compare(await probe(unit))
+                return
+            except DeviceError as error:
+                # A target may listen before it has all of its LUNs.
+                if isinstance(error, _AnotherDisk) or trio.current_time() >= settled:
+                    log.error("%s", error.line)
+                    self._unit.refuse(error)
+                    return
+            await trio.sleep(_SETTLE_STEP_S)
+
+    async def _look_again(self) -> None:
+        """A command came for a LUN that is refused: it may be in order by now."""
+        try:
+            await self._reread()
+        except DeviceError as error:
+            self._unit.refuse(error)
+
     async def _reread(self) -> None:
         """The device reported a change (2A/01, 2A/09, ...): take its new size and limits."""
+        info = await probe(LogicalUnit(self._unit.session, self._unit.number))
+        try:
+            self._compare(info)
+        except _AnotherDisk as error:
+            self._unit.refuse(error)
+            raise
+
+    def _compare(self, info: LunInfo) -> None:
+        """Take what a new probe found, unless it is another disk."""
+        if self.info.is_other_disk(info):
+            raise _AnotherDisk(
+                f"LUN {self._unit.number} is another disk now: {_shown(info)};"
+                f" it was {_shown(self.info)}",
+                advice="mount again to use the new disk; unwritten data belongs to the old one",
+            )
+        self._unit.accept()
         before = self._geometry
-        self._take(await probe(LogicalUnit(self._unit.session, self._unit.number)))
+        self._take(info)
         if self._geometry != before:
             log.warning("LUN %d changed: %s", self._unit.number, self._geometry)
             for listener in self._listeners:
                 listener(self._geometry)
+
+
+def _shown(info: LunInfo) -> str:
+    return f"{info.name or 'without a name'}, {info.capacity.block_bytes}-byte blocks"

@@ -9,7 +9,13 @@ from orion_iscsifs.errors import DeviceError, LunNotFound, NotADisk
 from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.scsi import cdb, inquiry, mode
 from orion_iscsifs.scsi.capacity import Capacity, decode_capacity_10, decode_capacity_16
-from orion_iscsifs.scsi.inquiry import BlockLimits, Provisioning, StandardInquiry, VpdPage
+from orion_iscsifs.scsi.inquiry import (
+    BlockLimits,
+    Designator,
+    Provisioning,
+    StandardInquiry,
+    VpdPage,
+)
 from orion_iscsifs.scsi.lun import decode_lun, decode_report_luns, report_luns_length
 from orion_iscsifs.scsi.mode import ModeParameters
 
@@ -19,7 +25,8 @@ _ALLOCATION_BYTES: Final = 252
 _REPORT_LUNS_BYTES: Final = 8 + 256 * 8
 _REPORT_LUNS_BYTES_MAX: Final = 8 + 16384 * 8
 """All that one level of addressing can name (SAM-5 §4.7)."""
-_QUALIFIER_ABSENT: Final = inquiry.QUALIFIER_NOT_CAPABLE
+_QUALIFIERS_ABSENT: Final = frozenset({1, inquiry.QUALIFIER_NOT_CAPABLE})
+"""001b: nothing is connected here, as LIO says of a LUN that is not mapped (SPC-4 §6.6.2)."""
 
 _T = TypeVar("_T")
 
@@ -33,6 +40,13 @@ class LunInfo:
     mode: ModeParameters
     limits: BlockLimits
     provisioning: Provisioning
+    name: str = ""
+    """What tells this disk from others: its designator (page 83h), else its serial number."""
+
+    def is_other_disk(self, now: "LunInfo") -> bool:
+        """Whether `now` describes a disk that can't be this one. A missing name proves nothing."""
+        renamed = bool(self.name and now.name) and self.name != now.name
+        return renamed or self.capacity.block_bytes != now.capacity.block_bytes
 
     @property
     def transfer_bytes_max(self) -> int:
@@ -78,7 +92,7 @@ async def report_luns(unit: LogicalUnit) -> list[int]:
 async def probe(unit: LogicalUnit) -> LunInfo:
     """Everything about the unit; raises LunNotFound, NotADisk, or a command's DeviceError."""
     identity = inquiry.decode_inquiry(await _ask(unit, "INQUIRY", cdb.inquiry()))
-    if identity.qualifier == _QUALIFIER_ABSENT:
+    if identity.qualifier in _QUALIFIERS_ABSENT:
         raise LunNotFound(
             f"LUN {unit.number}: the target has no such LUN",
             advice="mount the target without a LUN to see all of its disks",
@@ -109,7 +123,21 @@ async def probe(unit: LogicalUnit) -> LunInfo:
         mode=await _mode(unit),
         limits=limits,
         provisioning=provisioning,
+        name=await _name(unit, pages),
     )
+
+
+async def _name(unit: LogicalUnit, pages: frozenset[int]) -> str:
+    if VpdPage.DEVICE_IDENTIFICATION in pages:
+        designators = await _optional(
+            unit, VpdPage.DEVICE_IDENTIFICATION, inquiry.decode_designators, list[Designator]()
+        )
+        best = inquiry.best_designator(designators)
+        if best is not None:
+            return best.text
+    if VpdPage.UNIT_SERIAL_NUMBER in pages:
+        return await _optional(unit, VpdPage.UNIT_SERIAL_NUMBER, inquiry.decode_serial_number, "")
+    return ""
 
 
 async def read_capacity(unit: LogicalUnit) -> Capacity:

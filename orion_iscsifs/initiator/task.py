@@ -28,6 +28,8 @@ class Task:
 
     patience: float = 1.0
     """How many times `command_timeout` it may take."""
+    urgent: bool = False
+    """Part of the checks after a login (`Session.checks`): sent before what is held."""
 
     status: int = -1
     sense: bytes = b""
@@ -39,8 +41,12 @@ class Task:
     """When it was last sent (trio time)."""
     timeouts: int = 0
     """How often its own time-out has ended a connection."""
+    violations: int = 0
+    """How often the target has broken the protocol in what it sent for this command."""
     waiter: trio.lowlevel.Task | None = None
     """Who waits for it; None: nobody any more (a cancelled read)."""
+    raise_cancel: trio.lowlevel.RaiseCancelT | None = field(default=None, repr=False)
+    """Set: the caller was cancelled and waits only until its buffer is free (a write)."""
     read: ReadTransfer | None = field(default=None, repr=False)
     write: WriteTransfer | None = field(default=None, repr=False)
 
@@ -52,7 +58,7 @@ class Task:
 
     def again(self) -> "Task":
         """A fresh task for the same request, after a status that asks for a retry."""
-        return Task(self.lun, self.cdb, self.read_into, self.write_from, self.patience)
+        return Task(self.lun, self.cdb, self.read_into, self.write_from, self.patience, self.urgent)
 
     def begin(self, tag: int, cmd_sn: int, parameters: Parameters, now: float) -> ScsiCommand:
         """Start (again) from the beginning under a new tag; the command to send."""

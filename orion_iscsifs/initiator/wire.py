@@ -4,6 +4,7 @@ trio's own sockets pay a checkpoint for every call. Here a call that can be serv
 served at once; only an empty or a full socket waits.
 """
 
+import contextlib
 import socket
 from typing import Final
 
@@ -32,6 +33,11 @@ class Wire:
     def local(self) -> str:
         host, port = self._sock.getsockname()[:2]
         return f"{host}:{port}"
+
+    def shutdown(self) -> None:
+        """Nothing more is sent or received; `close` still has to follow."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._sock.close()

@@ -5,6 +5,7 @@ A Unix socket of mode 0600 per mount, in the runtime folder. JSON lines: a reque
 one with `"ok": true` or `"ok": false, "error": …`. It works also while the mount itself hangs.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -26,6 +27,10 @@ _log = logging.getLogger(__name__)
 REQUEST_BYTES_MAX: Final = 4096
 ANSWER_BYTES_MAX: Final = 16 << 20
 CONNECT_TIMEOUT_S: Final = 5.0
+SILENCE_MAX_S: Final = 15.0
+"""A daemon that says nothing for so long hangs: while it works it tells its progress."""
+_REQUEST_TIMEOUT_S: Final = 10.0
+"""How long a client may take to send its one line."""
 _PEER: Final = struct.Struct("3i")
 
 Message = dict[str, Any]
@@ -68,13 +73,16 @@ async def serve(
 
 
 def _bind(path: Path) -> socket.socket:
+    """A listening socket. It gets its name last: a client never finds one that does not listen."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    draft = path.with_suffix(".new")
     try:
-        path.unlink(missing_ok=True)
-        with _short_name(path) as name:
+        draft.unlink(missing_ok=True)
+        with _short_name(draft) as name:
             listener.bind(name)
-        path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        draft.chmod(stat.S_IRUSR | stat.S_IWUSR)
         listener.listen()
+        draft.rename(path)
     except BaseException:
         listener.close()
         raise
@@ -103,7 +111,9 @@ async def _serve_client(stream: trio.SocketStream, operations: Mapping[str, Oper
         await stream.send_all(json.dumps(message).encode() + b"\n")
 
     try:
-        line = await _read_line(stream)
+        line = b""
+        with trio.move_on_after(_REQUEST_TIMEOUT_S):
+            line = await _read_line(stream)
         if line:
             await send(await _answer(line, operations, send))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -124,7 +134,7 @@ async def _answer(line: bytes, operations: Mapping[str, Operation], send: Send) 
     try:
         request = json.loads(line)
         operation = operations[request["op"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {"ok": False, "error": "control: unknown request"}
     try:
         return {"ok": True, **await operation(send)}
@@ -141,6 +151,10 @@ async def _answer(line: bytes, operations: Mapping[str, Operation], send: Send) 
 # -- the command's side --------------------------------------------------------------------------
 
 
+class DaemonSilent(MountError):
+    """There is a daemon, but it does not answer."""
+
+
 class ControlClient:
     """A daemon's control socket, from a command that has nothing else to do meanwhile."""
 
@@ -148,10 +162,12 @@ class ControlClient:
         self.path = path
 
     def is_alive(self) -> bool:
-        """Whether a daemon listens."""
+        """Whether a daemon listens; also one that hangs."""
         try:
             with self._connected():
                 return True
+        except (TimeoutError, BlockingIOError):  # its queue is full: it has not served it for long
+            return True
         except OSError:
             return False
 
@@ -162,7 +178,7 @@ class ControlClient:
             pid: int = _PEER.unpack(peer)[0]
             return pid
 
-    def request(self, op: str, *, timeout_s: float | None = None) -> Iterator[Message]:
+    def request(self, op: str, *, timeout_s: float = SILENCE_MAX_S) -> Iterator[Message]:
         """Progress lines, then the last line. Raises `MountError` if the daemon refuses or dies.
 
         `timeout_s` bounds the wait for each line.
@@ -179,13 +195,13 @@ class ControlClient:
                         yield message
                         if "ok" in message:
                             return
-        except TimeoutError:
-            raise MountError(f"{op}: the daemon does not answer in time") from None
+        except (TimeoutError, BlockingIOError):
+            raise DaemonSilent("the daemon does not answer in time") from None
         except (OSError, ValueError) as error:
             raise MountError(f"{op}: no connection to the daemon: {error}") from None
         raise MountError(f"{op}: the daemon died meanwhile", advice="see its log")
 
-    def ask(self, op: str, *, timeout_s: float | None = None) -> Message:
+    def ask(self, op: str, *, timeout_s: float = SILENCE_MAX_S) -> Message:
         """Only the last line."""
         *_, last = self.request(op, timeout_s=timeout_s)
         return last
@@ -201,15 +217,20 @@ class ControlClient:
 
 def clients(folder: Path) -> list[ControlClient]:
     """One for each living daemon; sockets that dead ones left behind are removed."""
-    found = []
-    for path in sorted(folder.glob("*.sock")):
-        client = ControlClient(path)
-        if client.is_alive():
-            found.append(client)
-        else:
-            with suppress(OSError):
-                path.unlink()
-    return found
+    return [ControlClient(path) for path in sorted(folder.glob("*.sock")) if not _is_stale(path)]
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether nobody listens any more; the socket is removed then, and only then."""
+    try:
+        inode = path.lstat().st_ino
+        with ControlClient(path)._connected():
+            return False
+    except OSError as error:
+        if error.errno != errno.ECONNREFUSED:
+            return error.errno == errno.ENOENT
+        _remove(path, inode)
+        return True
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from orion_iscsifs.errors import ProtocolViolation
 from orion_iscsifs.protocol.keys import Parameters
-from orion_iscsifs.protocol.pdu import NO_TAG, DataIn, DataOut, R2T
+from orion_iscsifs.protocol.pdu import NO_TAG, R2T, DataIn, DataOut
 
 
 @dataclass(slots=True)
@@ -56,6 +56,8 @@ class WriteTransfer:
     parameters: Parameters
     r2t_sn: int = 0
     """R2TSN that is due next."""
+    solicited_end: int = 0
+    """End of what R2Ts have asked for so far."""
 
     @property
     def immediate_bytes(self) -> int:
@@ -82,6 +84,7 @@ class WriteTransfer:
         offset, length = r2t.buffer_offset, r2t.desired_data_transfer_length
         self._check(r2t, offset, length)
         self.r2t_sn += 1
+        self.solicited_end = offset + length
         return self._burst(
             r2t.lun, r2t.initiator_task_tag, r2t.target_transfer_tag, offset, offset + length
         )
@@ -101,6 +104,14 @@ class WriteTransfer:
                 f"Desired Data Transfer Length {length} with MaxBurstLength"
                 f" {self.parameters.max_burst_length}",
                 section="11.8.4",
+            )
+        if offset < self.solicited_end:
+            # DataSequenceInOrder is Yes here, and only recovery levels above 0 ask twice. It also
+            # bounds what a target can make us queue.
+            raise ProtocolViolation(
+                r2t.name,
+                f"asks for {offset}+{length} after all before {self.solicited_end} was asked for",
+                section="11.8.3",
             )
         if offset + length > len(self.data):
             raise ProtocolViolation(

@@ -1,5 +1,6 @@
 """Portals and the life of the whole target."""
 
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -9,7 +10,7 @@ from typing import Final
 
 import trio
 
-from orion_iscsifs.errors import OrionError, UsageError
+from orion_iscsifs.errors import BusyError, OrionError, UsageError
 from orion_iscsifs.protocol.text import Pair
 from orion_iscsifs.target.connection import Connection
 from orion_iscsifs.target.login import Door
@@ -182,7 +183,11 @@ async def _listen(address: Address) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise UsageError(f"portal {_bracketed(host)}:{port}: {error.strerror}") from error
+        what = f"portal {_bracketed(host)}:{port}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            advice = "another program listens there: stop it, or choose another port"
+            raise BusyError(what, advice=advice) from error
+        raise UsageError(what, advice="give an address of this host") from error
     return listener
 
 

@@ -5,7 +5,7 @@ every R2T opens another. A burst ends with the Data-Out that has F set. Even a c
 refused has to wait for the bursts that were promised or asked for before it is answered
 (RFC 7143 §11.4.2), so a refusal only stops further R2Ts.
 
-Pure: the session sends what `next_r2t` returns.
+Decides and never waits: the session sends what `next_r2t` returns.
 """
 
 from dataclasses import dataclass, field

@@ -3,6 +3,7 @@
 `python -m tests.cli.fake PROGRAM-NAME ARGUMENTS…`. Environment:
 FAKE_FILE: the device's backing file; its size is the device's.
 FAKE_FLUSH_S: how long a flush takes; FAKE_FLUSH_FAILS: path; a flush fails while the file exists.
+FAKE_OPEN_S: how long opening the stack takes.
 FAKE_OPEN_ERROR: the stack can't be opened, with this message.
 """
 
@@ -74,6 +75,7 @@ class FakeStack:
 async def open_fake(source: Source, config: MountConfig) -> AsyncIterator[FakeStack]:
     if message := os.environ.get("FAKE_OPEN_ERROR"):
         raise ConnectFailed(message, advice="is the target running?")
+    await trio.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))
     yield FakeStack(CachedFile(Path(os.environ["FAKE_FILE"])))
 
 

@@ -1,6 +1,7 @@
 """What needs no mount: who is called how, errors in one line, exit codes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from orion_iscsifs.cli import install_helpers as helpers_module
 from orion_iscsifs.cli.main import run
 from orion_iscsifs.cli.report import describe
+from orion_iscsifs.config.words import OPTIONS, SECRET_WORDS
 from orion_iscsifs.errors import ConnectFailed, UsageError
 from tests.cli.conftest import URL, Command
 
@@ -26,6 +28,9 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["mount"], 2, "mount: missing argument 'SOURCE'"),
         (["mount", URL], 2, "missing argument 'MOUNTPOINT'"),
         (["frobnicate"], 2, "no such command 'frobnicate'"),
+        (["mont", URL, "/x"], 2, "no such command 'mont' (did you mean mount?)"),
+        (["mount", URL, "/x", "--cache=none"], 2, "no such option '--cache' (write -o cache=…)"),
+        (["status", "--jsn"], 2, "no such option '--jsn' (did you mean --json?)"),
         (["inspect", URL], 2, "no such command 'inspect'"),
         (["--frobnicate"], 2, "no such option"),
         (["umount", "--timeout", "soon", "/x"], 2, "'soon' is not a valid float"),
@@ -137,6 +142,25 @@ def test_install_helpers(
     assert run("orion-iscsifs", words) == 1
     assert "somebody else" in capsys.readouterr().err
     assert foreign.read_text() == "somebody else's"
+
+
+def test_mount_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("orion-iscsifs", ["mount", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in OPTIONS.keys() - SECRET_WORDS:
+        (line,) = (line for line in lines if re.match(rf"  {name}(=|  )", line))
+        assert len(line) < 100
+    assert not any(line.startswith("  chap_secret=") for line in lines)
+
+
+def test_an_unwritable_state_folder_is_no_usage_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ORION_ISCSIFS_STATE", "/dev/null/state")
+    monkeypatch.setattr("orion_iscsifs.initiator.identity._read_name", lambda _path: None)
+    for words in ([], ["--debug"]):
+        assert run("orion-iscsifs", ["mount", URL, str(tmp_path), *words]) == 32
+        assert "ORION_ISCSIFS_STATE" in capsys.readouterr().err
 
 
 def test_help_lists_every_command(command: Command) -> None:

@@ -1,10 +1,13 @@
 """The life of a daemon: start, refusals, umount, signals, death. Over a fake data path."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -167,6 +170,82 @@ def test_signals(command: Command, number: int, busy: bool) -> None:
                 os.close(file)
     assert not command.is_mounted()
     assert command.backing.read_bytes()[:3] == b"abc"
+
+
+def test_the_second_signal_gives_up(command: Command) -> None:
+    away = command.home / "away"
+    away.touch()
+    command.mount(FAKE_FLUSH_FAILS=str(away))
+    with command.lun.open("r+b") as file:
+        file.write(b"abc")
+    pid = command.pid()
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while "not on the target yet" not in command.log():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not command.is_mounted()
+    os.kill(pid, signal.SIGTERM)
+    command.wait_gone()
+    assert "3 bytes were given up" in command.log()
+
+
+def test_a_daemon_that_hangs(command: Command) -> None:
+    """Every command ends in time with one line; `umount --force` ends the daemon."""
+    command.mount()
+    pid = command.pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        commands: dict[str, list[str | Path]] = {
+            "status": ["status", "--json"],
+            "mount": ["mount", URL, command.folder],
+            "umount": ["umount", "--timeout", "2", command.folder],
+        }
+        with ThreadPoolExecutor() as threads:
+            runs = {name: threads.submit(command.run, *words) for name, words in commands.items()}
+        done = {name: run.result() for name, run in runs.items()}
+        for outcome in done.values():
+            assert "not answer" in outcome.stderr
+            assert outcome.stderr.count("\n") == 1
+        assert [outcome.returncode for outcome in done.values()] == [0, 32, 1]
+        (shown,) = (
+            mount
+            for mount in json.loads(done["status"].stdout)["mounts"]
+            if mount["mountpoint"] == str(command.folder)
+        )
+        assert (shown["state"], shown["pid"]) == ("failed", pid)
+        command.ok("umount", "--force", "--timeout", "0.1", command.folder)
+        assert not command.is_mounted()
+        assert not Path(f"/proc/{pid}/cmdline").exists() or _is_zombie(pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_mount_leaves_nothing(command: Command, number: int) -> None:
+    environment = {**command.environment, "FAKE_OPEN_S": "1.5"}
+    arguments = command.arguments("mount", URL, command.folder)
+    with subprocess.Popen(
+        arguments, env=environment, stderr=subprocess.PIPE, text=True
+    ) as in_front:
+        assert in_front.stderr is not None
+        time.sleep(1.0)  # the daemon is on its way
+        in_front.send_signal(number)
+        if number == signal.SIGINT:
+            assert in_front.wait(20) == 32
+            assert "interrupted" in in_front.stderr.read()
+    lock = next((command.home / "run").glob("*.lock"))
+    with lock.open() as file:  # the daemon holds it until it ends
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the daemon stays"
+                time.sleep(0.05)
+    assert not command.is_mounted()
 
 
 def test_in_the_foreground(command: Command) -> None:

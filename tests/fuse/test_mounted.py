@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from orion_iscsifs.errors import BusyError, ConnectionLost
-from orion_iscsifs.fuse import mountpoint
+from orion_iscsifs.fuse import mountpoint, readers
 from tests.fuse.conftest import MountFiles
 from tests.fuse.devices import ByteDevice, filled
 
@@ -387,3 +387,41 @@ async def test_loop_device_with_ext4(mount_files: MountFiles, tmp_path: Path) ->
         finally:
             await mounted.run("losetup", "-d", loop)
     assert device.flushes > 0
+
+
+async def test_reading_dev_fuse_in_vain_blocks_nothing(
+    mount_files: MountFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is withdrawn between poll and read: simulated by a poll that lies."""
+    lies = 0
+
+    class Lying(readers._Lowlevel):
+        async def wait_readable(self, fd: int) -> None:
+            nonlocal lies
+            await super().wait_readable(fd)
+            if lies < 200:
+                lies += 1
+                raise BlockingIOError
+
+    monkeypatch.setattr(readers, "_Lowlevel", Lying)
+    device = filled(SIZE)
+    async with mount_files({"lun1": device}) as mounted:
+        assert await mounted.call(mounted.lun.read_bytes) == bytes(device.content)
+    assert lies == 200
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+async def test_what_was_mounted_over_a_detached_mount_stays(mount_files: MountFiles) -> None:
+    async with mount_files({"lun1": filled(SIZE)}) as mounted:
+        opened = await mounted.call(os.open, mounted.lun, os.O_RDONLY)
+        try:
+            await mounted.call(lambda: mountpoint.unmount(str(mounted.folder), lazy=True))
+            await mounted.run("mount", "-t", "tmpfs", "none", mounted.folder)
+            await mounted.mount.unmount()
+            await mounted.mount.wait_ended()
+            over = mountpoint.topmost(str(mounted.folder))
+            assert over is not None
+            assert over.fs_type == "tmpfs"
+        finally:
+            await mounted.call(errno_of, os.close, opened)
+            await mounted.run("umount", mounted.folder)

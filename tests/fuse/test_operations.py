@@ -200,7 +200,7 @@ async def test_nothing_can_be_created_or_removed() -> None:
         assert caught.value.errno in {errno.EPERM, errno.EROFS}
     with pytest.raises(FUSEError) as caught:
         await fs.getxattr(2, b"user.x", CTX)
-    assert caught.value.errno == ENOSYS
+    assert caught.value.errno == errno.ENOSYS
     assert list(await fs.listxattr(2, CTX)) == []
 
 
@@ -214,6 +214,16 @@ async def test_a_new_size_is_told_to_the_kernel() -> None:
     assert told == [inode]
     assert (await fs.getattr(inode, CTX)).st_size == 2 * SIZE
     assert await fs.write(await opened(fs), 2 * SIZE - 1, b"xy") == 1
+
+
+async def test_a_handle_after_its_release() -> None:
+    fs = filesystem(ByteDevice())
+    fh = await opened(fs)
+    await fs.release(fh)
+    for attempt in (fs.read(fh, 0, 1), fs.write(fh, 0, b"x")):
+        with pytest.raises(FUSEError) as caught:
+            await attempt
+        assert caught.value.errno == errno.EBADF
 
 
 async def test_counters() -> None:
@@ -237,3 +247,28 @@ async def test_statfs() -> None:
     reply = await filesystem(ByteDevice(SIZE)).statfs(CTX)
     assert reply.f_blocks * reply.f_frsize >= SIZE
     assert (reply.f_bfree, reply.f_bavail, reply.f_files) == (0, 0, 1)
+
+
+async def test_every_open_file_hears_of_a_failed_flush_once() -> None:
+    """INTERFACE §6: by the next fsync on every open file; who opens later hears nothing."""
+    device = filled(SIZE)
+    fs = filesystem(device)
+    first, second = await opened(fs), await opened(fs)
+
+    async def fails(name: str) -> None:
+        if name == "flush":
+            raise ConnectionLost("the write-back failed")
+
+    device.before = fails
+    with pytest.raises(FUSEError) as caught:
+        await fs.fsync(first, False)
+    assert caught.value.errno == errno.EIO
+    device.before = None
+    third = await opened(fs)
+    await fs.fsync(first, False)
+    await fs.fsync(third, False)
+    with pytest.raises(FUSEError) as caught:
+        await fs.fsync(second, True)
+    assert caught.value.errno == errno.EIO
+    await fs.fsync(second, False)
+    assert device.flushes == 4

@@ -154,3 +154,18 @@ def test_an_unknown_pyfuse3_is_left_alone(
     readers.install(lambda: None)()
     assert pyfuse3.trio is trio  # type: ignore[attr-defined]
     assert "unknown inside" in caplog.text
+
+
+async def test_a_withdrawn_request_ends_no_reader(facade: readers._Facade) -> None:
+    """pyfuse3 takes EAGAIN for the end of the mount."""
+    calls = []
+
+    async def loop(name: str) -> None:
+        calls.append(name)
+        if len(calls) < 3:
+            raise BlockingIOError
+        await trio.lowlevel.checkpoint()
+
+    async with facade.open_nursery() as nursery:
+        nursery.start_soon(loop, "a")
+    assert calls == ["a", "a", "a"]

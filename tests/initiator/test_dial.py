@@ -73,6 +73,13 @@ async def test_the_name_does_not_exist() -> None:
         await dial(Portal("no-such-host.invalid"), nexus, cmd_sn=1)
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+async def test_no_host_name_at_all(host: str) -> None:
+    nexus = Nexus(target_name=TARGET, isid=ISID, config=config())
+    with pytest.raises(ConnectFailed, match="can't be a host name"):
+        await dial(Portal(host), nexus, cmd_sn=1)
+
+
 async def test_an_http_server_is_told_apart() -> None:
     async def http(peer: PlayedConnection) -> None:
         await peer.expect(LoginRequest)

@@ -5,7 +5,12 @@ import trio
 
 from orion_iscsifs.errors import ProtocolViolation
 from orion_iscsifs.initiator.dial import Portal
-from orion_iscsifs.initiator.discovery import DiscoveredTarget, discover, parse_address
+from orion_iscsifs.initiator.discovery import (
+    DiscoveredTarget,
+    discover,
+    parse_address,
+    parse_targets,
+)
 from orion_iscsifs.protocol.pdu import (
     NO_TAG,
     LogoutRequest,
@@ -55,6 +60,40 @@ async def test_a_long_answer_comes_in_parts_and_pings_are_answered_meanwhile() -
         DiscoveredTarget("iqn.c", (Portal("host.example"),)),
     ]
     assert [portal.group_tag for portal in found[0].portals] == [1, 2]
+
+
+async def test_a_portal_that_hangs_up_at_the_logout_has_answered_all_the_same() -> None:
+    target = PlayedTarget()
+
+    async def play() -> None:
+        peer = await (await target.accept()).login()
+        request = await peer.expect(TextRequest)
+        await peer.reply(TextResponse(request.initiator_task_tag, data=b"TargetName=iqn.a\0"))
+        await peer.expect(LogoutRequest)
+        peer.cut()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play)
+        found = await discover(target.portal, CONFIG, ISID)
+    target.close()
+    assert [entry.name for entry in found] == ["iqn.a"]
+
+
+def test_addresses_that_nobody_can_use_are_left_out() -> None:
+    asked = Portal("asked.example")
+    pairs = [
+        ("TargetName", "iqn.a"),
+        ("TargetAddress", "0.0.0.0:3260,1"),
+        ("TargetAddress", "what is this:port,1"),
+        ("TargetAddress", "10.0.0.1:3260,1"),
+        ("TargetAddress", "10.0.0.1:3260,2"),
+        ("TargetName", "iqn.b"),
+        ("TargetAddress", "[::]:3260,1"),
+    ]
+    assert parse_targets(pairs, asked) == [
+        DiscoveredTarget("iqn.a", (Portal("10.0.0.1"),)),
+        DiscoveredTarget("iqn.b", (asked,)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orion_iscsifs.errors import UsageError
+from orion_iscsifs.errors import MountError
 from orion_iscsifs.initiator.identity import hold_isid, load_initiator_name
 
 
@@ -46,6 +46,18 @@ def test_live_sessions_to_one_target_differ_in_their_isid(tmp_path: Path) -> Non
 def test_a_state_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(UsageError, match="state directory") as caught:
+    with pytest.raises(MountError, match="state directory") as caught:
         load_initiator_name(blocked / "state", tmp_path / "none")
     assert "ORION_ISCSIFS_STATE" in caught.value.line
+
+
+def test_locks_that_cannot_be_made_are_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "sessions").write_text("")
+    with pytest.raises(MountError, match="state directory"), hold_isid(tmp_path, "iqn.a"):
+        pass
+
+
+def test_a_name_file_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
+    system = tmp_path / "initiatorname.iscsi"
+    system.write_bytes(b"InitiatorName=\xff\xfe\n# \x80")
+    assert load_initiator_name(tmp_path / "state", system)

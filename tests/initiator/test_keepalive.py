@@ -10,6 +10,12 @@ def test_a_talking_target_is_never_pinged() -> None:
         keepalive.last_received = now
 
 
+def test_a_zero_in_either_time_turns_it_off() -> None:
+    for keepalive in (Keepalive(0, 5, 100), Keepalive(5, 0, 100)):
+        assert keepalive.check(1000) is Action.WAIT
+        assert keepalive.deadline == float("inf")
+
+
 def test_silence_is_pinged_once_and_then_dropped() -> None:
     keepalive = Keepalive(5, 3, last_received=100)
     assert keepalive.deadline == 105

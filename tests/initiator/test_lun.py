@@ -19,6 +19,7 @@ from orion_iscsifs.errors import (
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.protocol.pdu import DataIn, NopOut, ScsiCommand, ScsiResponse
 from orion_iscsifs.scsi.cdb import OpCode
+from orion_iscsifs.scsi.inquiry import VpdPage
 from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status, response_segment
 from tests.initiator.peer import PlayedConnection, offer, played_session
 
@@ -34,6 +35,10 @@ class Disk:
         self.commands: list[ScsiCommand] = []
         self.script: dict[int, list[Answer]] = {}
         self.device_type = 0
+        self.blocks = BLOCKS
+        self.serial = b""
+        self.surplus = 0
+        """What a READ has more than was asked for, by the device's own count."""
         self.mode = bytes([23, 0, 0x10, 0, 0x08, 18, 0x04]) + bytes(17)
 
     def codes(self) -> list[int]:
@@ -64,7 +69,8 @@ class Disk:
             data = answer[: command.expected_data_transfer_length]
             short = command.expected_data_transfer_length - len(data)
             last = DataIn(tag, final=True, has_status=True, underflow=short > 0, data=data)
-            last.residual_count = short
+            last.overflow = self.surplus > 0
+            last.residual_count = short or self.surplus
             await peer.reply(last)
         else:
             await peer.reply(ScsiResponse(tag))
@@ -73,14 +79,21 @@ class Disk:
         cdb = command.cdb
         lba, blocks = int.from_bytes(cdb[2:6], "big"), int.from_bytes(cdb[7:9], "big")
         match cdb[0]:
+            case OpCode.INQUIRY if cdb[1] & 1 and self.serial:
+                body = self.serial if cdb[2] else bytes([0, VpdPage.UNIT_SERIAL_NUMBER])
+                return bytes([0, cdb[2], 0, len(body)]) + body
             case OpCode.INQUIRY if cdb[1] & 1:
                 return bytes([0, cdb[2], 0, 1, 0])
             case OpCode.INQUIRY:
                 return bytes([self.device_type, 0, 6, 2, 31, 0, 0, 2]) + b"example disk".ljust(28)
             case OpCode.SERVICE_ACTION_IN_16:
-                return (BLOCKS - 1).to_bytes(8, "big") + BLOCK_BYTES.to_bytes(4, "big") + bytes(20)
+                return (
+                    (self.blocks - 1).to_bytes(8, "big")
+                    + BLOCK_BYTES.to_bytes(4, "big")
+                    + bytes(20)
+                )
             case OpCode.READ_CAPACITY_10:
-                return (BLOCKS - 1).to_bytes(4, "big") + BLOCK_BYTES.to_bytes(4, "big")
+                return (self.blocks - 1).to_bytes(4, "big") + BLOCK_BYTES.to_bytes(4, "big")
             case OpCode.MODE_SENSE_6:
                 return self.mode
             case OpCode.READ_10:
@@ -289,9 +302,11 @@ async def test_a_lun_that_is_no_disk() -> None:
     await opening_fails(disk, NotADisk, "LUN 3: not a disk .*0x0c")
 
 
-async def test_a_lun_that_is_not_there() -> None:
+@pytest.mark.parametrize("first_byte", [0x7F, 0x3F])
+async def test_a_lun_that_is_not_there(first_byte: int) -> None:
+    """3Fh is how LIO says it (SPC-4 §6.6.2, qualifier 001b)."""
     disk = Disk()
-    disk.device_type = 0x7F
+    disk.device_type = first_byte
     await opening_fails(disk, LunNotFound, "LUN 3: the target has no such LUN")
 
 
@@ -300,3 +315,29 @@ async def test_read_capacity_10_where_16_is_unknown() -> None:
     disk.script[OpCode.SERVICE_ACTION_IN_16] = [SenseData(SenseKey.ILLEGAL_REQUEST, 0x20, 0)]
     async with played_lun(disk) as device:
         assert device.geometry.size_bytes == 1 << 20
+
+
+async def test_more_data_than_was_asked_for_is_no_success() -> None:
+    """The device counts other blocks than we do: what it sent is from another place."""
+    disk = Disk()
+    async with played_lun(disk) as device:
+        disk.surplus = 512
+        with pytest.raises(ProtocolViolation, match="residual -512 of 512"):
+            await device.read_into(0, memoryview(bytearray(512)))
+
+
+async def test_an_error_told_late_fails_the_next_flush_once() -> None:
+    """A deferred error is that of a write which was acknowledged from the device's cache."""
+    disk = Disk()
+    late = SenseData(SenseKey.MEDIUM_ERROR, 0x0C, 0, deferred=True)
+    disk.script[OpCode.READ_10] = [late]
+    async with played_lun(disk) as device:
+        with pytest.raises(ScsiError, match="medium error"):
+            await device.read_into(0, memoryview(bytearray(512)))
+        with pytest.raises(ScsiError, match="medium error"):
+            await device.flush()
+        await device.flush()
+        disk.script[OpCode.SYNCHRONIZE_CACHE_10] = [late]
+        with pytest.raises(ScsiError, match="medium error"):
+            await device.flush()
+        await device.flush()

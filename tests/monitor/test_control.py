@@ -14,6 +14,7 @@ import trio
 from orion_iscsifs.errors import MountError, OrionError
 from orion_iscsifs.monitor.control import (
     ControlClient,
+    DaemonSilent,
     Message,
     Operation,
     Send,
@@ -90,7 +91,9 @@ async def test_requests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "control command breaks" in caplog.text
 
 
-@pytest.mark.parametrize("sent", [b"", b"\n", b"[]\n", b"{}\n", b'{"op": []}\n', b"x" * 9000])
+@pytest.mark.parametrize(
+    "sent", [b"", b"\n", b"[]\n", b"{}\n", b'{"op": []}\n', b"x" * 9000, b"[" * 4095 + b"\n"]
+)
 async def test_odd_clients_do_not_end_it(tmp_path: Path, sent: bytes) -> None:
     async with daemon(tmp_path / "x.sock") as client:
 
@@ -143,3 +146,17 @@ def test_dead_sockets_are_removed(tmp_path: Path) -> None:
     with pytest.raises(MountError, match="no connection to the daemon"):
         ControlClient(path).ask("counts")
     assert clients(tmp_path / "nothing") == []
+
+
+def test_the_socket_of_a_daemon_that_hangs_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "hangs.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(path))  # its queue is full now
+            assert ControlClient(path).is_alive()
+            assert [client.path for client in clients(tmp_path)] == [path]
+            with pytest.raises(DaemonSilent, match="does not answer"):
+                ControlClient(path).ask("status", timeout_s=0.1)
+        assert path.exists()

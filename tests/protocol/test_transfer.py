@@ -113,6 +113,15 @@ def test_an_r2t_that_asks_for_nonsense_is_a_violation(r2t: R2T, problem: str) ->
         list(transfer(9000).solicited(r2t))
 
 
+def test_an_r2t_never_asks_for_the_same_bytes_again() -> None:
+    """Error recovery level 0 has no recovery R2T; the bound on what is queued depends on it."""
+    write = transfer(9000)
+    list(write.solicited(R2T(0, 1, 5, 0, 4000, 1000)))
+    with pytest.raises(ProtocolViolation, match="before 5000 was asked for"):
+        write.solicited(R2T(0, 1, 5, 1, 4999, 1000))
+    assert len(list(write.solicited(R2T(0, 1, 5, 1, 5000, 1000)))) > 0
+
+
 def test_reads_take_data_in_order_and_inside_their_length() -> None:
     """Checklist 15 and 16; a Data-In without data is fine."""
     read = ReadTransfer(100)
