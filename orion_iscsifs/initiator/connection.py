@@ -60,7 +60,7 @@ class Connection:
     ) -> None:
         self._wire = wire
         self._owner = owner
-        self.inbound = Inbound(owner, exp_stat_sn, self._answer, wire.peer)
+        self.inbound = Inbound(owner, exp_stat_sn, self.queue, wire.peer)
         wire.framer.sink = self.inbound.place
         self._header_digest = wire.framer.header_digest
         self._data_digest = wire.framer.data_digest
@@ -116,7 +116,7 @@ class Connection:
     def push(self) -> None:
         """Send what is queued: now, when nothing else is in flight, or soon and gathered."""
         writer = self._sleeping_writer
-        if writer is None:
+        if writer is None or not self._outbox:
             return
         if len(self._owner.tasks) <= 1:
             try:
@@ -127,10 +127,6 @@ class Connection:
         if self._outbox:
             self._sleeping_writer = None
             trio.lowlevel.reschedule(writer)
-
-    def _answer(self, pdu: Pdu) -> None:
-        self.queue(pdu)
-        self.push()
 
     async def _write(self) -> None:
         while True:
@@ -155,6 +151,7 @@ class Connection:
         wire, handle = self._wire, self.inbound.handle
         for pdu in self._early:
             handle(pdu)
+        self.push()
         turns = 0
         while True:
             pdus = wire.receive_nowait()
@@ -165,6 +162,8 @@ class Connection:
             self._keepalive.last_received = trio.current_time()
             for pdu in pdus:
                 handle(pdu)
+            if self._outbox:
+                self.push()  # answers to R2Ts and pings, all with one call
             turns += 1
             if turns == _READS_BEFORE_YIELD:
                 turns = 0
@@ -196,7 +195,8 @@ class Connection:
     def _ping(self) -> None:
         tag = self._owner.next_tag()
         self.inbound.replies[tag] = self._pinged
-        self._answer(NopOut(tag, cmd_sn=self._owner.window.cmd_sn, data=_PING_DATA))
+        self.queue(NopOut(tag, cmd_sn=self._owner.window.cmd_sn, data=_PING_DATA))
+        self.push()
 
     def _pinged(self, pdu: Pdu) -> None:
         # A target may cut the echo to its own limits (RFC 7143 §11.18); what comes must match.

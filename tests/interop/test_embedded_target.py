@@ -1,5 +1,6 @@
 """`orion-iscsifs target serve` under libiscsi's tools and qemu-img, which know nothing of us."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,16 @@ def test_header_digest(target: EmbeddedTarget, digest: str) -> None:
 
 
 @needs_libiscsi
-def test_a_target_that_insists_on_digests(make_embedded: MakeEmbedded) -> None:
+def test_a_target_that_insists_on_digests(product: Product, make_embedded: MakeEmbedded) -> None:
     target: EmbeddedTarget = make_embedded({1: "ram:16M"}, "--digests")
-    with pytest.raises(ProgramFailed):
-        run(["iscsi-readcapacity16", f"{target.lun_url(1)}?header_digest=none"], timeout_s=10)
+    run(["iscsi-readcapacity16", target.lun_url(1)], timeout_s=10)
+    mountpoint = product.new_mountpoint()
+    refused = product.mount(target.lun_url(1), mountpoint, "header_digest=none", code=32)
+    assert "refused the login" in refused.said
+    with product.mounted(target.lun_url(1)) as mountpoint:
+        shown = (mountpoint / ".orion" / "status.json").read_text()
+        (session,) = json.loads(shown)["mounts"][0]["sessions"]
+        assert session["connections"][0]["header_digest"] == "CRC32C"
 
 
 @needs_libiscsi

@@ -11,6 +11,7 @@ from tests.interop.product import Product
 pytestmark = [pytest.mark.fuse, pytest.mark.interop("fio", "tgtd", "tgtadm")]
 
 VERIFY = ["--name=verify", "--verify=crc32c", "--verify_fatal=1", "--ioengine=libaio"]
+VERIFY += ["--verify_state_save=0"]  # it would be left in the current folder
 
 
 def fio(file: Path, *options: str) -> None:
