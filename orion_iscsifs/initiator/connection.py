@@ -27,6 +27,7 @@ from orion_iscsifs.initiator.keepalive import Action, Keepalive
 from orion_iscsifs.initiator.wire import Wire
 from orion_iscsifs.protocol.framing import encode
 from orion_iscsifs.protocol.pdu import NopOut, Pdu
+from orion_iscsifs.protocol.transfer import Burst
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Connection:
     ) -> None:
         self._wire = wire
         self._owner = owner
-        self.inbound = Inbound(owner, exp_stat_sn, self.queue, wire.peer)
+        self.inbound = Inbound(owner, exp_stat_sn, self.queue, self.queue_burst, wire.peer)
         wire.framer.sink = self.inbound.place
         self._header_digest = wire.framer.header_digest
         self._data_digest = wire.framer.data_digest
@@ -112,6 +113,14 @@ class Connection:
         self._outbox += encode(
             pdu, header_digest=self._header_digest, data_digest=self._data_digest
         )
+
+    def queue_burst(self, burst: Burst) -> None:
+        """Put a sequence of Data-Out PDUs behind those that wait to be sent."""
+        if self._header_digest or self._data_digest:
+            for data_out in burst:
+                self.queue(data_out)
+        else:
+            self._outbox += burst.encode(self.inbound.status.exp_stat_sn)
 
     def push(self) -> None:
         """Send what is queued: now, when nothing else is in flight, or soon and gathered."""

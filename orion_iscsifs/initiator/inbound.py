@@ -25,6 +25,7 @@ from orion_iscsifs.protocol.pdu import (
     TextResponse,
 )
 from orion_iscsifs.protocol.sequence import CommandWindow, StatusCounter
+from orion_iscsifs.protocol.transfer import Burst
 
 
 class Owner(Protocol):
@@ -49,13 +50,19 @@ class Owner(Protocol):
 
 
 class Inbound:
-    """Dispatches received PDUs. `send(pdu)` queues an answer; `peer` is for messages."""
+    """Dispatches received PDUs. `send` and `send_burst` queue answers; `peer` is for messages."""
 
     def __init__(
-        self, owner: Owner, exp_stat_sn: int, send: Callable[[Pdu], None], peer: str
+        self,
+        owner: Owner,
+        exp_stat_sn: int,
+        send: Callable[[Pdu], None],
+        send_burst: Callable[[Burst], None],
+        peer: str,
     ) -> None:
         self._owner = owner
         self._send = send
+        self._send_burst = send_burst
         self._peer = peer
         self.status = StatusCounter(exp_stat_sn)
         self.replies: dict[int, Callable[[Pdu], None]] = {}
@@ -141,8 +148,7 @@ class Inbound:
         task = self._task(pdu)
         if task.write is None:
             raise ProtocolViolation(pdu.name, "for a command that writes nothing", section="11.8")
-        for data_out in task.write.solicited(pdu):
-            self._send(data_out)
+        self._send_burst(task.write.solicited(pdu))
 
     def _nop_in(self, pdu: NopIn) -> None:
         if pdu.target_transfer_tag != NO_TAG:

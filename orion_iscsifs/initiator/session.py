@@ -165,8 +165,7 @@ class Session:
         self.counters.commands += 1
         connection.queue(command)
         if not command.final and task.write is not None:
-            for data_out in task.write.unsolicited(task.lun, tag):
-                connection.queue(data_out)
+            connection.queue_burst(task.write.unsolicited(task.lun, tag))
 
     def _push(self) -> None:
         if self._connection is not None:

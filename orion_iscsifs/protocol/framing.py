@@ -35,7 +35,8 @@ Sink = Callable[[Pdu, int], memoryview | None]
 
 STAGING_BYTES: Final = 128 << 10
 _HEADER_BYTES_MAX: Final = BHS_BYTES + 255 * 4 + DIGEST_BYTES
-_PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
+PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
+"""What a data segment needs to end on four bytes, by its length modulo 4 (RFC 7143 §11.2.3)."""
 
 
 class Framer:
@@ -190,7 +191,7 @@ def encode(pdu: Pdu, *, header_digest: bool, data_digest: bool) -> list[Buffer]:
         header += digest(header)
     if not length:
         return [header]
-    padding = _PADDING[length & 3]
+    padding = PADDING[length & 3]
     if data_digest:
         crc = crc32c.crc32c(padding, crc32c.crc32c(data))
         return [header, data, padding + crc.to_bytes(DIGEST_BYTES, "little")]

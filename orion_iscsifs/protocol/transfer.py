@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orion_iscsifs.errors import ProtocolViolation
+from orion_iscsifs.protocol.framing import PADDING
 from orion_iscsifs.protocol.keys import Parameters
-from orion_iscsifs.protocol.pdu import NO_TAG, R2T, DataIn, DataOut
+from orion_iscsifs.protocol.pdu import NO_TAG, R2T, DataIn, DataOut, Opcode
+from orion_iscsifs.protocol.pdu.base import FINAL, Buffer
+from orion_iscsifs.protocol.pdu.data import DATA_OUT_HEADER
 
 
 @dataclass(slots=True)
@@ -74,12 +77,12 @@ class WriteTransfer:
             return self.immediate_bytes
         return min(len(self.data), self.parameters.first_burst_length)
 
-    def unsolicited(self, lun: int, initiator_task_tag: int) -> Iterator[DataOut]:
+    def unsolicited(self, lun: int, initiator_task_tag: int) -> "Burst":
         """The Data-Out PDUs that follow the command on their own."""
         start, end = self.immediate_bytes, self.first_burst_bytes
         return self._burst(lun, initiator_task_tag, NO_TAG, start, end)
 
-    def solicited(self, r2t: R2T) -> Iterator[DataOut]:
+    def solicited(self, r2t: R2T) -> "Burst":
         """The answer to an R2T, with its tag and LUN; raises ProtocolViolation."""
         offset, length = r2t.buffer_offset, r2t.desired_data_transfer_length
         self._check(r2t, offset, length)
@@ -118,17 +121,54 @@ class WriteTransfer:
                 r2t.name, f"asks for {offset}+{length} of {len(self.data)} bytes", section="11.8.4"
             )
 
-    def _burst(self, lun: int, itt: int, ttt: int, start: int, end: int) -> Iterator[DataOut]:
-        """One sequence of Data-Out PDUs; DataSN begins at 0 and the last one has F (§11.7.5)."""
+    def _burst(self, lun: int, itt: int, ttt: int, start: int, end: int) -> "Burst":
         segment = self.parameters.max_send_data_segment_length
-        for data_sn, offset in enumerate(range(start, end, segment)):
-            stop = min(offset + segment, end)
+        return Burst(lun, itt, ttt, self.data, start, end, segment)
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """One sequence of Data-Out PDUs: DataSN begins at 0 and the last PDU has F (§11.7.5).
+
+    A target that takes 8 KiB a PDU makes 128 of them out of 1 MiB, so there is a second way to
+    the wire besides iterating: `encode` goes from the burst to its bytes without a PDU object.
+    """
+
+    lun: int
+    initiator_task_tag: int
+    target_transfer_tag: int
+    data: memoryview
+    """All data of the command; `[start, end)` of it is the burst."""
+    start: int
+    end: int
+    segment_bytes: int
+    """Longest data segment that the target takes."""
+
+    def __iter__(self) -> Iterator[DataOut]:
+        for data_sn, offset in enumerate(range(self.start, self.end, self.segment_bytes)):
+            stop = min(offset + self.segment_bytes, self.end)
             yield DataOut(
-                lun=lun,
-                initiator_task_tag=itt,
-                target_transfer_tag=ttt,
+                lun=self.lun,
+                initiator_task_tag=self.initiator_task_tag,
+                target_transfer_tag=self.target_transfer_tag,
                 data_sn=data_sn,
                 buffer_offset=offset,
-                final=stop == end,
+                final=stop == self.end,
                 data=self.data[offset:stop],
             )
+
+    def encode(self, exp_stat_sn: int) -> list[Buffer]:
+        """The pieces of all PDUs for a gathering send, on a connection without digests."""
+        pieces: list[Buffer] = []
+        header, data, end, step = DATA_OUT_HEADER.pack, self.data, self.end, self.segment_bytes
+        tags = self.lun, self.initiator_task_tag, self.target_transfer_tag
+        for data_sn, offset in enumerate(range(self.start, end, step)):
+            length = min(step, end - offset)
+            flags = FINAL if offset + length == end else 0
+            pieces.append(
+                header(Opcode.DATA_OUT, flags, 0, length, *tags, exp_stat_sn, data_sn, offset)
+            )
+            pieces.append(data[offset : offset + length])
+            if length & 3:
+                pieces.append(PADDING[length & 3])
+        return pieces

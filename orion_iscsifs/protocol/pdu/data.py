@@ -7,7 +7,7 @@ from typing import ClassVar, Final, Self
 
 from orion_iscsifs.protocol.pdu.base import FINAL, NO_TAG, Buffer, Opcode, lengths
 
-_DATA_OUT: Final = Struct(">BBHIQII4xI4xII4x")
+DATA_OUT_HEADER: Final = Struct(">BBHIQII4xI4xII4x")
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class DataOut:
     ahs: Buffer = b""
 
     def pack(self, ahs_words: int, data_length: int) -> bytes:
-        return _DATA_OUT.pack(
+        return DATA_OUT_HEADER.pack(
             Opcode.DATA_OUT,
             FINAL if self.final else 0,
             0,
@@ -43,7 +43,9 @@ class DataOut:
 
     @classmethod
     def unpack(cls, bhs: Buffer) -> Self:
-        _, flags, _, _, lun, itt, ttt, exp_stat_sn, data_sn, offset = _DATA_OUT.unpack_from(bhs)
+        _, flags, _, _, lun, itt, ttt, exp_stat_sn, data_sn, offset = DATA_OUT_HEADER.unpack_from(
+            bhs
+        )
         return cls(lun, itt, ttt, data_sn, offset, bool(flags & FINAL), exp_stat_sn)
 
 
