@@ -55,6 +55,8 @@ class Destager:
         self._statistics = statistics
         self._age_s = dirty_age_s
         self._idle = trio.lowlevel.ParkingLot()
+        self._waking = False
+        """A worker has been woken and has not looked yet."""
         self._timer = trio.lowlevel.ParkingLot()
         self._staging = StagingBuffers(keep_max=WORKERS)
         self._flusher = DeviceFlusher(device)
@@ -155,14 +157,17 @@ class Destager:
         nursery.start_soon(self._watch_age)
 
     def wake(self) -> None:
-        """There may be something to write back."""
-        self._idle.unpark()
+        """There may be something to write back. One worker looks; it wakes the next one."""
+        if not self._waking:
+            self._waking = bool(self._idle)
+            self._idle.unpark()
 
     async def _work(self) -> None:
         while True:
             extent = self.books.next_extent(everything=bool(self.waiting_writers))
             if extent is None:
                 await self._idle.park()
+                self._waking = False
                 continue
             if self.books.has_more:
                 self.wake()  # the next worker looks whether it is due
