@@ -160,7 +160,12 @@ class LunDevice:
 
     async def _reread(self) -> None:
         """The device reported a change (2A/01, 2A/09, ...): take its new size and limits."""
-        info = await probe(LogicalUnit(self._unit.session, self._unit.number))
+        session = self._unit.session
+        logins = session.counters.logins
+        info = await probe(LogicalUnit(session, self._unit.number))
+        if session.counters.logins != logins:
+            # The answers may come from two disks. The check after that login has looked by itself.
+            return
         try:
             self._compare(info)
         except _AnotherDisk as error:

@@ -149,3 +149,26 @@ async def test_io_is_not_held_beyond_replacement_timeout_by_the_checks() -> None
         with trio.fail_after(3), pytest.raises(ReplacementTimedOut):
             await device.write(0, b"x" * BLOCK_BYTES)
         disk.missing = 0
+
+
+class ReplacedMeanwhile(Disk):
+    """Between INQUIRY and READ CAPACITY another login takes place, to a larger disk."""
+
+    device: LunDevice | None = None
+
+    def _execute(self, command: ScsiCommand) -> Answer:
+        if command.cdb[0] == OpCode.SERVICE_ACTION_IN_16 and self.device is not None:
+            self.device._unit.session.counters.logins += 1
+            return (9999).to_bytes(8, "big") + BLOCK_BYTES.to_bytes(4, "big") + bytes(20)
+        return super()._execute(command)
+
+
+async def test_a_probe_that_spans_a_login_is_worth_nothing() -> None:
+    """Its answers may come from two disks: taking them would lift the refusal of the second."""
+    disk = ReplacedMeanwhile()
+    async with world(disk) as (_, device):
+        before = device.geometry
+        disk.device = device
+        disk.script[OpCode.READ_10] = [SenseData(SenseKey.UNIT_ATTENTION, 0x2A, 0x09)]
+        await device.read_into(0, memoryview(bytearray(512)))
+        assert device.geometry == before
