@@ -70,17 +70,17 @@ class Fetcher:
             self._statistics.hits += 1
         self._prefetcher.observe(*request)
         while absent or shared:
-            todo = [clip(run, request) for run in absent + shared]
+            pending = [clip(run, request) for run in absent + shared]
             excluded = [run for run in absent if self._exclusion.is_excluded(run)]
             if excluded:
                 await self._exclusion.wait_until_free(excluded[0])
             else:
                 if absent:  # no await since they were found absent
                     await self._fetch_all(absent, offset, target)
-                todo = shared
+                pending = shared
                 if shared:
                     await self._wait_for(shared[0])
-            absent, shared = self._copy_valid(todo, offset, target)
+            absent, shared = self._copy_valid(pending, offset, target)
 
     async def read_run(self, offset: int, target: memoryview) -> bool:
         """The common miss, spelled out: whole pages of one frame, all absent, nobody in the way.
@@ -128,7 +128,7 @@ class Fetcher:
             await self._fetch(fetch, run[0], memoryview(bytearray(run[1] - run[0])))
 
     def _copy_valid(
-        self, todo: list[Range], offset: int, target: memoryview
+        self, pending: list[Range], offset: int, target: memoryview
     ) -> tuple[list[Range], list[Range]]:
         """Copy what is there to the target.
 
@@ -137,7 +137,7 @@ class Fetcher:
         """
         absent: list[Range] = []
         shared: list[Range] = []
-        for start, end in (piece for wanted in todo for piece in split(wanted, FRAME_BYTES)):
+        for start, end in (piece for wanted in pending for piece in split(wanted, FRAME_BYTES)):
             frame = self._table.frames.get(start >> FRAME_SHIFT)
             if frame is None:
                 _append_run(absent, cover((start, end), PAGE_BYTES))
