@@ -16,7 +16,16 @@ from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.initiator.wire import Wire
 from orion_iscsifs.protocol.framing import Framer, encode
 from orion_iscsifs.protocol.login import Offer, TargetAccess, TargetLogin
-from orion_iscsifs.protocol.pdu import LoginRequest, LogoutRequest, LogoutResponse, NopIn, Pdu
+from orion_iscsifs.protocol.pdu import (
+    LoginRequest,
+    LogoutRequest,
+    LogoutResponse,
+    NopIn,
+    Pdu,
+    ScsiCommand,
+    ScsiResponse,
+)
+from orion_iscsifs.scsi import cdb
 
 ISID = bytes.fromhex("80abcdef0000")
 TARGET = "iqn.2026-11.org.example:played"
@@ -35,6 +44,9 @@ OFFER = Offer(
     max_outstanding_r2t=4,
 )
 _P = TypeVar("_P", bound=Pdu)
+
+
+LUN = 0x0001_0000_0000_0000
 
 
 class PlayedConnection:
@@ -201,3 +213,14 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(5):
         while not condition():
             await trio.sleep(0.002)
+
+
+def unit_ready() -> Task:
+    return Task(LUN, cdb.test_unit_ready())
+
+
+async def answer(peer: PlayedConnection) -> ScsiCommand:
+    """Take one command and say GOOD."""
+    command = await peer.expect(ScsiCommand)
+    await peer.reply(ScsiResponse(command.initiator_task_tag))
+    return command

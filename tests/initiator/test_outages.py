@@ -26,25 +26,16 @@ from orion_iscsifs.scsi import cdb
 from tests.initiator.peer import (
     CONFIG,
     ISID,
+    LUN,
     TARGET,
     PlayedConnection,
     PlayedTarget,
     Running,
+    answer,
     played_session,
+    unit_ready,
     until,
 )
-
-LUN = 0x0001_0000_0000_0000
-
-
-def unit_ready() -> Task:
-    return Task(LUN, cdb.test_unit_ready())
-
-
-async def answer(peer: PlayedConnection) -> ScsiCommand:
-    command = await peer.expect(ScsiCommand)
-    await peer.reply(ScsiResponse(command.initiator_task_tag))
-    return command
 
 
 async def test_an_outage_that_nobody_noticed_is_over_with_its_login() -> None:

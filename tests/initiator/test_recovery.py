@@ -22,24 +22,15 @@ from orion_iscsifs.protocol.pdu import (
 from orion_iscsifs.scsi import cdb
 from tests.initiator.peer import (
     ISID,
+    LUN,
     PlayedConnection,
     PlayedTarget,
     Running,
+    answer,
     played_session,
+    unit_ready,
     until,
 )
-
-LUN = 0x0001_0000_0000_0000
-
-
-def unit_ready() -> Task:
-    return Task(LUN, cdb.test_unit_ready())
-
-
-async def answer(peer: PlayedConnection) -> ScsiCommand:
-    command = await peer.expect(ScsiCommand)
-    await peer.reply(ScsiResponse(command.initiator_task_tag))
-    return command
 
 
 async def test_commands_in_flight_are_issued_again_after_reinstatement() -> None:
