@@ -17,12 +17,15 @@ an open segment the staging area is empty by construction, so the bytes that fol
 digest, the next PDUs) begin at its start.
 
 A length is checked against `data_segment_length_max` (our own MaxRecvDataSegmentLength) before
-memory is taken. Digests are checked as each segment completes; any mismatch ends the connection,
-as ErrorRecoveryLevel 0 wants it (RFC 7143 §7.8).
+memory is taken. Digests are checked as each segment completes. A header digest that does not match
+ends the connection at every level: the length it protects can't be trusted (RFC 7143 §7.8). A data
+digest that does not match ends it too, unless `keep_damaged` says that the session can recover:
+then a `Damaged` takes the PDU's place.
 """
 
 from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import crc32c
 
@@ -39,6 +42,25 @@ PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
 """What a data segment needs to end on four bytes, by its length modulo 4 (RFC 7143 §11.2.3)."""
 
 
+@dataclass(slots=True)
+class Damaged:
+    """A PDU whose data digest does not match: its header is right, its data segment is not.
+
+    Whoever gets it must act as if the PDU had not come, and ask for it again (RFC 7143 §7.8).
+    """
+
+    name: ClassVar[str] = "PDU with a wrong data digest"
+
+    pdu: Pdu
+    initiator_task_tag: int
+    data: Buffer = b""
+    ahs: Buffer = b""
+
+    def pack(self, ahs_words: int, data_length: int) -> bytes:
+        """The header as it came, which a Reject has to show (§11.17)."""
+        return self.pdu.pack(ahs_words, data_length)
+
+
 class Framer:
     """Cuts received bytes into PDUs. See the module's docstring."""
 
@@ -53,6 +75,8 @@ class Framer:
         self.data_segment_length_max = data_segment_length_max
         self.header_digest = False
         self.data_digest = False
+        self.keep_damaged = False
+        """ErrorRecoveryLevel 1 and above: a wrong data digest gives a `Damaged`, not an error."""
         self.sink = sink
         self._staging = memoryview(bytearray(staging_bytes))
         self._start = 0
@@ -107,8 +131,7 @@ class Framer:
                 return pdu
         if self._rest is not None or self._end - self._start < self._trailer:
             return None
-        self._finish(pdu)
-        return pdu
+        return self._finish(pdu)
 
     def _header(self) -> Pdu | None:
         """Parse one header; a PDU with data becomes the open one."""
@@ -160,7 +183,7 @@ class Framer:
         self._rest = place[staged:] if staged < length else None
         self._trailer = -length % 4 + (DIGEST_BYTES if self.data_digest else 0)
 
-    def _finish(self, pdu: Pdu) -> None:
+    def _finish(self, pdu: Pdu) -> Pdu:
         """Check and drop the trailer of the open PDU."""
         trailer = self._staging[self._start : self._start + self._trailer]
         self._start += self._trailer
@@ -168,7 +191,10 @@ class Framer:
         if self.data_digest:
             padding = len(trailer) - DIGEST_BYTES
             if digest(pdu.data, trailer[:padding]) != trailer[padding:]:
+                if self.keep_damaged:
+                    return Damaged(pdu, pdu.initiator_task_tag)
                 raise DigestError(pdu.name, "the data digest does not match", section="7.8")
+        return pdu
 
     def _make_room(self) -> None:
         """Move what is left to the front when the staging area could become too short."""

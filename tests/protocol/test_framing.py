@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orion_iscsifs.errors import DigestError, OrionError, ProtocolViolation
 from orion_iscsifs.protocol.digest import digest
-from orion_iscsifs.protocol.framing import Framer, encode
+from orion_iscsifs.protocol.framing import Damaged, Framer, encode
 from orion_iscsifs.protocol.pdu import DataIn, NopIn, NopOut, Pdu, ScsiCommand, ScsiResponse
 
 Buffer = bytes | bytearray | memoryview
@@ -160,3 +160,18 @@ def test_hostile_bytes_end_in_a_typed_error_or_wait_for_more(stream: bytes, dige
     with suppress(OrionError):
         feed(framer, stream, [])
     assert len(framer.buffers()[-1]) > 1000, "there is room for more"
+
+
+def test_with_recovery_a_damaged_data_segment_costs_one_pdu() -> None:
+    """§7.8: discard the PDU and go on behind it."""
+    framer = Framer(data_segment_length_max=8192)
+    framer.data_digest = framer.keep_damaged = True
+    first, second = DataIn(1, 0, 0, data=b"first"), DataIn(1, 1, 5, data=b"second")
+    stream = bytearray(wire([first, second], header_digest=False, data_digest=True))
+    stream[48] ^= 1
+    damaged, whole = feed(framer, stream, [7])
+    assert isinstance(damaged, Damaged)
+    assert (damaged.initiator_task_tag, damaged.pdu.name) == (1, DataIn.name)
+    assert damaged.pack(0, 5) == first.pack(0, 5)
+    assert isinstance(whole, DataIn)
+    assert bytes(whole.data) == b"second"

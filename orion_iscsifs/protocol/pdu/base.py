@@ -49,7 +49,6 @@ class LoginStage(enum.IntEnum):
 class Pdu(Protocol):
     """One PDU. `data` is the data segment without padding."""
 
-    opcode: ClassVar[Opcode]
     name: ClassVar[str]
     """As the RFC writes it, for error messages."""
     initiator_task_tag: int
@@ -58,6 +57,12 @@ class Pdu(Protocol):
 
     def pack(self, ahs_words: int, data_length: int) -> bytes:
         """The BHS with these lengths (AHS in 4-byte words, data in bytes)."""
+
+
+class UnpackablePdu(Pdu, Protocol):
+    """A PDU type that RFC 7143 §11 defines."""
+
+    opcode: ClassVar[Opcode]
 
     @classmethod
     def unpack(cls, bhs: Buffer) -> Self:

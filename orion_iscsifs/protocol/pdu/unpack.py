@@ -3,7 +3,7 @@
 from typing import Final
 
 from orion_iscsifs.errors import ProtocolViolation
-from orion_iscsifs.protocol.pdu.base import Buffer, Pdu
+from orion_iscsifs.protocol.pdu.base import Buffer, UnpackablePdu
 from orion_iscsifs.protocol.pdu.command import (
     ScsiCommand,
     ScsiResponse,
@@ -21,7 +21,7 @@ from orion_iscsifs.protocol.pdu.session import (
     TextResponse,
 )
 
-PDU_TYPES: Final[dict[int, type[Pdu]]] = {
+PDU_TYPES: Final[dict[int, type[UnpackablePdu]]] = {
     int(kind.opcode): kind
     for kind in (
         NopOut,
@@ -46,7 +46,7 @@ PDU_TYPES: Final[dict[int, type[Pdu]]] = {
 }
 
 
-def unpack(bhs: Buffer) -> Pdu:
+def unpack(bhs: Buffer) -> UnpackablePdu:
     """The PDU whose Basic Header Segment these 48 bytes are; raises ProtocolViolation."""
     kind = PDU_TYPES.get(bhs[0] & 0x3F)
     if kind is None:
