@@ -65,6 +65,10 @@ class DigestError(ProtocolViolation):
     """A header or data digest does not match: bytes were damaged between the two hosts."""
 
 
+class NegotiationFailed(OrionError):
+    """A text negotiation ended without agreement: every parameter stays as it was (§7.12)."""
+
+
 class TransportError(OrionError):
     """The TCP connection can't be made, was lost, or is silent: a path is broken."""
 
@@ -79,6 +83,17 @@ class ConnectFailed(TransportError):
 class NotIscsi(TransportError):
     """Something answers at the portal, but it does not speak iSCSI."""
 
+    retry_may_help = False
+
+
+class TlsError(TransportError):
+    """The TLS handshake failed, or the peer ended TLS with an alert."""
+
+
+class CertificateRefused(TlsError):
+    """One side does not accept the other's certificate: an administrator has to mend that."""
+
+    errno = _errno.EACCES
     retry_may_help = False
 
 

@@ -28,6 +28,7 @@ from orion_iscsifs.errors import (
     TargetNotFound,
 )
 from orion_iscsifs.initiator.commands import LogicalUnit
+from orion_iscsifs.initiator.connection import Connection
 from orion_iscsifs.initiator.dial import Nexus, Portal
 from orion_iscsifs.initiator.discovery import DiscoveredTarget, discover
 from orion_iscsifs.initiator.identity import hold_isid
@@ -228,27 +229,43 @@ def _lun_status(lun: OpenLun, mode: CacheMode) -> dict[str, Any]:
 
 
 def _session_status(session: Session) -> dict[str, Any]:
-    parameters = dataclasses.asdict(session.parameters)
-    digests = {
-        name: "CRC32C" if parameters[name] else "None" for name in ("header_digest", "data_digest")
-    }
-    up = session.state.value == "logged-in"
     return {
         "target": session.nexus.target_name,
         "isid": session.nexus.isid.hex(),
         "tsih": session.tsih,
         "state": session.state.value,
         "error_recovery_level": session.parameters.error_recovery_level,
-        "parameters": parameters,
-        "connections": [
-            {
-                "cid": 0,
-                "portal": str(session.portal),
-                "local": session.local if up else None,
-                "state": "logged-in" if up else "failed",
-                **digests,
-            }
-        ],
+        "parameters": dataclasses.asdict(session.parameters),
+        "connections": [_connection_status(one) for one in session.connections]
+        or [_no_connection(session)],
         "counters": dataclasses.asdict(session.counters),
         "last_error": str(session.last_error) if session.last_error else None,
     }
+
+
+def _connection_status(connection: Connection) -> dict[str, Any]:
+    return {
+        "cid": connection.cid,
+        "portal": str(connection.portal),
+        "local": connection.local,
+        "state": connection.state.name.lower().replace("_", "-"),
+        "header_digest": _digest(connection.parameters.header_digest),
+        "data_digest": _digest(connection.parameters.data_digest),
+        "in_flight": len(connection.tasks),
+    }
+
+
+def _no_connection(session: Session) -> dict[str, Any]:
+    return {
+        "cid": 0,
+        "portal": str(session.portal),
+        "local": None,
+        "state": "failed",
+        "header_digest": _digest(session.parameters.header_digest),
+        "data_digest": _digest(session.parameters.data_digest),
+        "in_flight": 0,
+    }
+
+
+def _digest(used: bool) -> str:
+    return "CRC32C" if used else "None"

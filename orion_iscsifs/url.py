@@ -2,9 +2,10 @@
 
     iscsi://[user[%secret]@]host[:port][/iqn[/lun]][?key=value&…]
 
-This is libiscsi's syntax. The first `%` of the part before the last `@` ends the user's name, so a
-`%` in a name can't be written; in every part after that, `%41` is an `A`. `target_user` and
-`target_password`, libiscsi's words for mutual CHAP, are understood as well.
+This is libiscsi's syntax; `iscsis://` is the same over TLS. The first `%` of the part before the
+last `@` ends the user's name, so a `%` in a name can't be written; in every part after that, `%41`
+is an `A`. `target_user` and `target_password`, libiscsi's words for mutual CHAP, are understood as
+well.
 """
 
 import ipaddress
@@ -22,9 +23,11 @@ LUN_MAX: Final = 16383
 TARGET_NAME_BYTES_MAX: Final = 223
 """RFC 7143 §4.2.7.1."""
 
+_SCHEMES: Final = frozenset({"iscsi", "iscsis"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _TARGET_NAME = re.compile(r"(?:iqn|eui|naa)\.[^\s/]+", re.IGNORECASE)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_NUMBER = re.compile(r"[0-9]{1,6}")
 _SECRET_KEYS: Final = frozenset({"target_password"})
 _FORM: Final = "write iscsi://host[:port][/iqn[/lun]]"
 
@@ -40,6 +43,8 @@ class Source:
     """The iSCSI name; None: every target that discovery lists."""
     lun: int | None = None
     """None: every disk LUN."""
+    tls: bool = False
+    """`iscsis://`: nothing goes over the network in the clear."""
     user: str | None = None
     secret: str | None = field(default=None, repr=False)
     query: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -53,13 +58,14 @@ class Source:
 
     def redacted(self) -> str:
         """The URL without its secret and its options, and without the default port."""
-        text = "iscsi://"
+        text = "iscsis://" if self.tls else "iscsi://"
         if self.user is not None:
             text += f"{self.user}@"
         text += self.portal.removesuffix(f":{DEFAULT_PORT}")
         if self.target is None:
             return text + "/"
-        return f"{text}/{self.target}" + ("" if self.lun is None else f"/{self.lun}")
+        name = self.target.replace("%", "%25")
+        return f"{text}/{name}" + ("" if self.lun is None else f"/{self.lun}")
 
     def __str__(self) -> str:
         return self.redacted()
@@ -81,7 +87,9 @@ def parse(text: str) -> Source:
     match = _SCHEME.fullmatch(text.strip())
     if match is None:
         raise _bad(text, "this is not a URL", _FORM)
-    _require_scheme(text, match[1].lower())
+    scheme = match[1].lower()
+    if scheme not in _SCHEMES:
+        raise _bad(text, f"unknown scheme {scheme!r}", _FORM)
     rest, _, query = match[2].partition("?")
     authority, _, path = rest.partition("/")
     user_part, at, address = authority.rpartition("@")
@@ -93,6 +101,7 @@ def parse(text: str) -> Source:
         port=port,
         target=target,
         lun=lun,
+        tls=scheme == "iscsis",
         user=user,
         secret=secret,
         query=_query(text, query),
@@ -109,17 +118,6 @@ def parse_portal(text: str) -> Source:
 
 def _bad(text: str, why: str, advice: str) -> UsageError:
     return UsageError(f"source {redact(text)!r}: {why}", advice=advice)
-
-
-def _require_scheme(text: str, scheme: str) -> None:
-    if scheme == "iscsis":
-        raise _bad(
-            text,
-            "iSCSI over TLS is not in this version",
-            "use iscsi:// through a VPN or another protected network",
-        )
-    if scheme != "iscsi":
-        raise _bad(text, f"unknown scheme {scheme!r}", _FORM)
 
 
 def _user(text: str, part: str) -> tuple[str, str | None]:
@@ -159,7 +157,7 @@ def _ipv6(text: str, host: str) -> str:
 
 
 def _port(text: str, digits: str) -> int:
-    if digits.isascii() and digits.isdigit() and 0 < int(digits[:6]) < 65536:
+    if _NUMBER.fullmatch(digits) and 0 < int(digits) < 65536:
         return int(digits)
     raise _bad(text, f"{digits!r} is no port", "a port is a number from 1 to 65535")
 
@@ -171,7 +169,7 @@ def _path(text: str, path: str) -> tuple[str | None, int | None]:
             raise _bad(text, "the target name is missing", _FORM)
         return None, None
     target = _decode(text, name)
-    if _TARGET_NAME.fullmatch(target) is None:
+    if _TARGET_NAME.fullmatch(target) is None or not target.isprintable():
         raise _bad(
             text,
             f"{target!r} is no target name: it begins with iqn., eui. or naa.",
@@ -183,7 +181,7 @@ def _path(text: str, path: str) -> tuple[str | None, int | None]:
 
 
 def _lun(text: str, digits: str) -> int:
-    if digits.isascii() and digits.isdigit() and int(digits[:6]) <= LUN_MAX:
+    if _NUMBER.fullmatch(digits) and int(digits) <= LUN_MAX:
         return int(digits)
     raise _bad(text, f"{digits!r} is no LUN", f"a LUN is a number from 0 to {LUN_MAX}")
 

@@ -66,7 +66,7 @@ def test_every_implemented_option(tmp_path: Path) -> None:
         "ro,allow_other,uid=12,gid=34,mode=0640,hide_control,initiator_name=iqn.x.y:z",
         f"chap_user=u,chap_secret_file={secret_file(tmp_path)}",
         f"mutual_user=m,mutual_secret_file={mutual},chap_algs=sha3-256+sha256+sha1+md5",
-        "header_digest=crc32c,data_digest=none,connections=1,erl=0,queue_depth=64",
+        "header_digest=crc32c,data_digest=none,connections=16,erl=2,queue_depth=64",
         "cache=writethrough,cache_size=1G,dirty_max=1M,dirty_age=0.5,readahead=2M",
         "replacement_timeout=-1,login_timeout=1,noop_interval=0,noop_timeout=3,command_timeout=4",
     )
@@ -85,7 +85,7 @@ def test_every_implemented_option(tmp_path: Path) -> None:
     )
     assert session.header_digest is DigestPreference.CRC32C
     assert session.data_digest is DigestPreference.NONE
-    assert session.queue_depth == 64
+    assert (session.connections, session.erl, session.queue_depth) == (16, 2, 64)
     assert (cache.mode, cache.size_bytes, cache.dirty_max_bytes) == (
         CacheMode.WRITETHROUGH,
         1 << 30,
@@ -130,8 +130,15 @@ def test_dirty_max_follows_cache_size() -> None:
         ("cache_size=-1M", "is no size"),
         ("cache_size=0", "out of range"),
         ("cache_size=99999999T", "out of range"),
-        ("connections=2", "1 connection"),
-        ("erl=2", "ErrorRecoveryLevel is 0"),
+        ("connections=0", "is no number from 1 to 16"),
+        ("connections=17", "is no number from 1 to 16"),
+        ("connections=many", "is no number from 1 to 16"),
+        ("connections=-1", "is no number from 1 to 16"),
+        ("erl=3", "is no number from 0 to 2"),
+        ("erl=", "is no number from 0 to 2"),
+        ("tls_ca=/x", "not encrypted (write iscsis:// for TLS"),
+        ("tls_cert=/x", "not encrypted (write iscsis:// for TLS"),
+        ("tls_key=/x", "not encrypted (write iscsis:// for TLS"),
         ("header_digest=md5", "is unknown: crc32c"),
         ("chap_algs=md4", "is unknown"),
         ("chap_algs=", "is unknown"),
@@ -261,7 +268,9 @@ def test_libiscsis_words_for_mutual_chap() -> None:
 
 
 def test_rendered_settings_read_back_as_the_same(tmp_path: Path) -> None:
-    config = configured("mode=0644,uid=1,cache=none,queue_depth=3,dirty_age=2.5,readahead=off,ro")
+    config = configured(
+        "mode=0644,uid=1,cache=none,connections=2,erl=1,queue_depth=3,dirty_age=2.5,readahead=off,ro"
+    )
     path = tmp_path / "effective.toml"
     path.write_text(to_toml(config, "iscsi://h/"))
     again, _ = build(gather([f"config={path}"], {}, NOWHERE), lambda: "unused")

@@ -33,6 +33,16 @@ def test_parses(text: str, host: str, port: int, target: str | None, lun: int | 
     assert (source.host, source.port, source.target, source.lun) == (host, port, target, lun)
 
 
+@pytest.mark.parametrize(("text", "tls"), [("iscsi", False), ("iscsis", True), ("ISCSIS", True)])
+def test_tls_is_a_scheme_of_its_own(text: str, tls: bool) -> None:
+    source = url.parse(f"{text}://u@h:3261/{IQN}/1")
+    assert source.tls is tls
+    shown = f"{'iscsis' if tls else 'iscsi'}://u@h:3261/{IQN}/1"
+    assert source.redacted() == shown
+    assert url.parse(shown) == source
+    assert url.parse_portal(f"{text}://h").tls is tls
+
+
 def test_user_secret_and_query() -> None:
     source = url.parse(f"iscsi://al%p%40ss@word@h/{IQN}/1?ro&cache=none&chap_algs=sha256%2Bmd5")
     assert source.user == "al"
@@ -65,7 +75,7 @@ def test_redacted(text: str, shown: str) -> None:
         ("host", "not a URL"),
         ("/dev/sda", "not a URL"),
         ("http://h/", "unknown scheme 'http'"),
-        ("iscsis://h/", "TLS is not in this version"),
+        ("iscsiss://h/", "unknown scheme 'iscsiss'"),
         ("iscsi:///", "host is missing"),
         ("iscsi://", "host is missing"),
         ("iscsi://@h", "name before '@' is empty"),

@@ -91,7 +91,7 @@ def settings(source: url.Source, options: Sequence[str]) -> tuple[MountConfig, l
     if source.secret is not None:
         words["chap_secret"] = source.secret
     merge(words, parse_query(source.query))
-    return build(gather(options, words), lambda: load_initiator_name(state_dir()))
+    return build(gather(options, words), lambda: load_initiator_name(state_dir()), tls=source.tls)
 
 
 def hide_arguments(title: str) -> None:

@@ -18,25 +18,35 @@ from orion_iscsifs.config.settings import Secret
 from orion_iscsifs.config.values import size_bytes
 from orion_iscsifs.errors import OrionError, UsageError
 from orion_iscsifs.scsi.lun import LUN_MAX
-from orion_iscsifs.target import Chap, FileDevice, RamDevice, TargetConfig, open_backing, serve
+from orion_iscsifs.target import (
+    Chap,
+    FileDevice,
+    Portal,
+    RamDevice,
+    TargetConfig,
+    open_backing,
+    serve,
+)
 from orion_iscsifs.target.settings import Limits
 
 DEFAULT_IQN: Final = "iqn.2026-11.org.orion-iscsifs:disk"
 DEFAULT_LISTEN: Final = "127.0.0.1:3260"
+CONNECTIONS_MAX: Final = 64
 _BLOCK_BYTES: Final = (512, 4096)
-_LUN_OPTION: Final = re.compile(r"(?:size=.*|ro|block=.*)\Z")
+_LUN_OPTION: Final = re.compile(r"(?:size=.*|ro|block=.*|physical=.*)\Z")
 _NAME: Final = re.compile(r"(?:iqn|eui|naa)\.[a-z0-9.:\-]{1,219}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LunOption:
-    """`--lun N=PATH[,size=SIZE][,ro][,block=4096]`; `path` is None for memory."""
+    """`--lun N=PATH[,size=SIZE][,ro][,block=4096][,physical=512]`; `path` is None for memory."""
 
     number: int
     path: str | None
     size: int | None
     read_only: bool
     block_bytes: int
+    physical_block_bytes: int = 4096
 
 
 def parse_lun(text: str) -> LunOption:
@@ -60,7 +70,8 @@ def parse_lun(text: str) -> LunOption:
         path=path,
         size=size,
         read_only="ro" in options,
-        block_bytes=_block_bytes(text, options.get("block", "512")),
+        block_bytes=_block_bytes(text, "block", options.get("block", "512")),
+        physical_block_bytes=_block_bytes(text, "physical", options.get("physical", "4096")),
     )
 
 
@@ -71,19 +82,22 @@ def _size(text: str, size: str) -> int:
         raise UsageError(f"--lun {text}: {size!r} {error}") from None
 
 
-def _block_bytes(text: str, value: str) -> int:
+def _block_bytes(text: str, word: str, value: str) -> int:
     if value not in {str(size) for size in _BLOCK_BYTES}:
-        raise UsageError(f"--lun {text}: block={value} is not 512 or 4096")
+        raise UsageError(f"--lun {text}: {word}={value} is not 512 or 4096")
     return int(value)
 
 
-def parse_portal(text: str) -> tuple[str, int]:
-    """`HOST:PORT`, `[V6]:PORT`, `HOST` (port 3260)."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text, re.ASCII)
+def parse_portal(text: str) -> Portal:
+    """`HOST:PORT[,GROUP]`, `[V6]:PORT`, `HOST` (port 3260, portal group 1)."""
+    match = re.fullmatch(
+        r"(\[[0-9a-fA-F:.%\w]+\]|[^:\[\],]*)(?::([0-9]{1,5}))?(?:,([0-9]{1,5}))?", text, re.ASCII
+    )
     port = 3260 if match is None or match[2] is None else int(match[2])
-    if match is None or not match[1] or port > 65535:
-        raise UsageError(f"--listen {text}: not HOST:PORT")
-    return match[1].strip("[]"), port
+    group = 1 if match is None or match[3] is None else int(match[3])
+    if match is None or not match[1] or max(port, group) > 0xFFFF:
+        raise UsageError(f"--listen {text}: not HOST:PORT[,GROUP]")
+    return Portal(match[1].strip("[]"), port, group)
 
 
 def _secret(option: str, user: str | None, path: Path | None) -> Secret | None:
@@ -122,7 +136,11 @@ def target() -> None:
 
 @target.command("serve")
 @click.option(
-    "--listen", "listen", multiple=True, metavar="HOST:PORT", help="A portal; repeatable."
+    "--listen",
+    "listen",
+    multiple=True,
+    metavar="HOST:PORT[,GROUP]",
+    help="A portal; repeatable. A session stays within a portal group (1, if not given).",
 )
 @click.option("--iqn", default=DEFAULT_IQN, show_default=True, metavar="NAME")
 @click.option(
@@ -130,15 +148,29 @@ def target() -> None:
     "luns",
     multiple=True,
     required=True,
-    metavar="N=PATH[,size=SIZE][,ro][,block=4096]",
+    metavar="N=PATH[,size=SIZE][,ro][,block=4096][,physical=512]",
     help="A logical unit; repeatable. PATH may be ram:SIZE.",
 )
 @click.option("--chap-user", metavar="U")
 @click.option("--chap-secret-file", type=click.Path(path_type=Path), metavar="F")
 @click.option("--mutual-user", metavar="U")
 @click.option("--mutual-secret-file", type=click.Path(path_type=Path), metavar="F")
-@click.option("--max-connections", type=int, default=1, metavar="N", help="Only 1 for now.")
-@click.option("--erl", type=int, default=0, metavar="N", help="Only 0 for now.")
+@click.option(
+    "--max-connections",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Most connections of one session (MC/S).",
+)
+@click.option(
+    "--erl",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Highest ErrorRecoveryLevel: 0, 1 or 2.",
+)
 @click.option("--digests", is_flag=True, help="Insist on header digests.")
 def serve_command(
     listen: tuple[str, ...],
@@ -154,10 +186,10 @@ def serve_command(
 ) -> None:
     """Serve files or memory as iSCSI disks until SIGTERM or Ctrl-C."""
     try:
-        if max_connections != 1:
-            raise UsageError("--max-connections: only 1 is supported so far")
-        if erl != 0:
-            raise UsageError("--erl: only 0 is supported so far")
+        if not 1 <= max_connections <= CONNECTIONS_MAX:
+            raise UsageError(f"--max-connections {max_connections}: not 1 to {CONNECTIONS_MAX}")
+        if erl not in (0, 1, 2):
+            raise UsageError(f"--erl {erl}: not 0, 1 or 2")
         if not _NAME.match(iqn):
             raise UsageError(
                 f"--iqn {iqn}: not an iSCSI name", advice="iqn.YYYY-MM.reversed.domain:name"
@@ -167,7 +199,8 @@ def serve_command(
             raise UsageError("--lun: the same number twice")
         portals = [parse_portal(text) for text in listen or (DEFAULT_LISTEN,)]
         chap = _chap(chap_user, chap_secret_file, mutual_user, mutual_secret_file)
-        trio.run(_serve, iqn, units, portals, chap, Limits(digests=digests))
+        limits = Limits(digests=digests, max_connections=max_connections, error_recovery_level=erl)
+        trio.run(_serve, iqn, units, portals, chap, limits)
     except OrionError as error:
         click.echo(f"orion-iscsifs: {error.line}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -176,7 +209,7 @@ def serve_command(
 async def _serve(
     iqn: str,
     options: Sequence[LunOption],
-    portals: Sequence[tuple[str, int]],
+    portals: Sequence[Portal],
     chap: Chap | None,
     limits: Limits,
 ) -> None:
@@ -199,11 +232,17 @@ def _device(option: LunOption) -> RamDevice | FileDevice:
         assert option.size is not None
         if option.size % option.block_bytes:
             raise UsageError(f"--lun {option.number}: {option.size} bytes are not whole blocks")
-        return RamDevice(option.size, block_bytes=option.block_bytes, read_only=option.read_only)
+        return RamDevice(
+            option.size,
+            block_bytes=option.block_bytes,
+            physical_block_bytes=option.physical_block_bytes,
+            read_only=option.read_only,
+        )
     return open_backing(
         option.path,
         size_bytes=option.size,
         block_bytes=option.block_bytes,
+        physical_block_bytes=option.physical_block_bytes,
         read_only=option.read_only,
     )
 

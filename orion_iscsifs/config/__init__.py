@@ -5,6 +5,7 @@
 * `values`: how the text of each becomes a value.
 * `sources`: `-o` strings and TOML files become words, later ones win.
 * `build`: words become a `MountConfig`; secrets are read from their files.
+* `tls`: a `TlsConfig` becomes an SSL context; what is wrong with its files, in words.
 * `render`: a `MountConfig` becomes the TOML that `.orion/config.toml` shows.
 * `places`: the folders of INTERFACE §1.
 """
@@ -20,6 +21,7 @@ from orion_iscsifs.config.settings import (
     MountConfig,
     Secret,
     SessionConfig,
+    TlsConfig,
 )
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "MountConfig",
     "Secret",
     "SessionConfig",
+    "TlsConfig",
 ]

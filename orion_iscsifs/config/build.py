@@ -18,8 +18,10 @@ from orion_iscsifs.config.settings import (
     MountConfig,
     Secret,
     SessionConfig,
+    TlsConfig,
 )
 from orion_iscsifs.config.sources import Words
+from orion_iscsifs.config.tls import client_context, key_warnings
 from orion_iscsifs.errors import UsageError
 
 T = TypeVar("T")
@@ -40,19 +42,22 @@ class _Reader:
         return self.get(name, cast("str | None", None))
 
 
-def build(words: Words, default_name: Callable[[], str]) -> tuple[MountConfig, list[str]]:
+def build(
+    words: Words, default_name: Callable[[], str], *, tls: bool = False
+) -> tuple[MountConfig, list[str]]:
     """The settings of one mount and warnings for the user.
 
-    `default_name` is asked for the initiator name only when no option gives one.
+    `default_name` is asked for the initiator name only when no option gives one. `tls`: the source
+    is `iscsis://`.
     """
     reader = _Reader(words)
     config = MountConfig(
-        session=_session(reader, default_name), cache=_cache(reader), fuse=_fuse(reader)
+        session=_session(reader, default_name, tls=tls), cache=_cache(reader), fuse=_fuse(reader)
     )
     return config, reader.warnings
 
 
-def _session(reader: _Reader, default_name: Callable[[], str]) -> SessionConfig:
+def _session(reader: _Reader, default_name: Callable[[], str], *, tls: bool) -> SessionConfig:
     name = reader.text("initiator_name")
     if name is not None and re.fullmatch(r"(?i:iqn|eui|naa)\.\S{1,219}", name) is None:
         raise UsageError(
@@ -63,8 +68,11 @@ def _session(reader: _Reader, default_name: Callable[[], str]) -> SessionConfig:
     return SessionConfig(
         initiator_name=name or default_name(),
         auth=_auth(reader),
+        tls=_tls(reader, wanted=tls),
         header_digest=DigestPreference(reader.get("header_digest", defaults.header_digest)),
         data_digest=DigestPreference(reader.get("data_digest", defaults.data_digest)),
+        connections=reader.get("connections", defaults.connections),
+        erl=reader.get("erl", defaults.erl),
         queue_depth=reader.get("queue_depth", defaults.queue_depth),
         replacement_timeout_s=reader.get("replacement_timeout", defaults.replacement_timeout_s),
         login_timeout_s=reader.get("login_timeout", defaults.login_timeout_s),
@@ -72,6 +80,38 @@ def _session(reader: _Reader, default_name: Callable[[], str]) -> SessionConfig:
         noop_timeout_s=reader.get("noop_timeout", defaults.noop_timeout_s),
         command_timeout_s=reader.get("command_timeout", defaults.command_timeout_s),
     )
+
+
+def _tls(reader: _Reader, *, wanted: bool) -> TlsConfig | None:
+    if wanted:
+        return _tls_files(reader)
+    for option in ("tls_ca", "tls_cert", "tls_key"):
+        if reader.text(option) is not None:
+            raise UsageError(
+                f"option {option}: the source is iscsi://, which is not encrypted",
+                advice=f"write iscsis:// for TLS, or leave {option}= out",
+            )
+    return None
+
+
+def _tls_files(reader: _Reader) -> TlsConfig:
+    if reader.text("tls_key") is not None and reader.text("tls_cert") is None:
+        raise UsageError(
+            "option tls_key: a private key without its certificate", advice="add tls_cert=FILE"
+        )
+    config = TlsConfig(
+        ca=_absolute(reader.text("tls_ca")),
+        cert=_absolute(reader.text("tls_cert")),
+        key=_absolute(reader.text("tls_key")),
+    )
+    client_context(config)
+    reader.warnings += key_warnings(config)
+    return config
+
+
+def _absolute(path: str | None) -> str | None:
+    """The daemon leaves the current folder, and reads the file again when it was renewed."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def _auth(reader: _Reader) -> AuthConfig:

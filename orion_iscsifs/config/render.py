@@ -1,6 +1,6 @@
 """A `MountConfig` as the TOML of `.orion/config.toml`: effective values, secrets as `***`."""
 
-from orion_iscsifs.config.settings import ChapCredentials, MountConfig
+from orion_iscsifs.config.settings import ChapCredentials, MountConfig, TlsConfig
 
 _HIDDEN = "***"
 
@@ -27,8 +27,9 @@ def _words(config: MountConfig) -> list[tuple[str, object]]:
         ("chap_algs", "+".join(_algorithm(a.name) for a in session.auth.algorithms)),
         ("header_digest", str(session.header_digest)),
         ("data_digest", str(session.data_digest)),
-        ("connections", 1),
-        ("erl", 0),
+        ("connections", session.connections),
+        ("erl", session.erl),
+        *_tls(session.tls),
         ("queue_depth", "auto" if session.queue_depth is None else session.queue_depth),
         ("cache", str(cache.mode)),
         ("cache_size", cache.size_bytes),
@@ -48,6 +49,12 @@ def _credentials(direction: str, credentials: ChapCredentials | None) -> list[tu
     if credentials is None:
         return []
     return [(f"{direction}_user", credentials.user), (f"{direction}_secret", _HIDDEN)]
+
+
+def _tls(tls: TlsConfig | None) -> list[tuple[str, object]]:
+    """Names of files: what is secret in them is not read here."""
+    files = () if tls is None else (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key))
+    return [(f"tls_{name}", path) for name, path in files if path is not None]
 
 
 def _algorithm(name: str) -> str:

@@ -6,9 +6,12 @@ system; `MountConfig` joins them.
 """
 
 import enum
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+CONNECTIONS_MAX: Final = 16
+"""Of one session."""
 
 
 class Secret(str):
@@ -68,13 +71,30 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True):
     """In the order of preference."""
 
 
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """TLS to the portals. Names of PEM files, as absolute paths."""
+
+    ca: str | None = None
+    """Whom to trust; None: the system's authorities."""
+    cert: str | None = None
+    """Our own certificate and its chain, for a peer that wants one."""
+    key: str | None = None
+    """Its private key; None: the key is in the file `cert`."""
+
+
 class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One session: who we are, what we offer, how long we wait. Times in seconds."""
 
     initiator_name: str
     auth: AuthConfig = AuthConfig()
+    tls: TlsConfig | None = None
+    """None: plain TCP (`iscsi://`)."""
     header_digest: DigestPreference = DigestPreference.PREFER_NONE
     data_digest: DigestPreference = DigestPreference.PREFER_NONE
+    connections: int = 1
+    """TCP connections of the session (MC/S)."""
+    erl: int = 0
+    """The highest ErrorRecoveryLevel that is offered."""
     queue_depth: int | None = None
     """Commands in flight per LUN; None: by the target's command window."""
     replacement_timeout_s: float = 120.0

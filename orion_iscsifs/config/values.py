@@ -101,11 +101,12 @@ def cache(text: str) -> str:
     return text
 
 
-def only(value: str, why: str) -> Parser:
+def whole_number(low: int, high: int) -> Parser:
     def parse(text: str) -> int:
-        if text.strip() != value:
-            raise ValueError(why)
-        return int(value)
+        digits = text.strip()
+        if re.fullmatch(r"[0-9]{1,6}", digits, re.ASCII) and low <= int(digits) <= high:
+            return int(digits)
+        raise ValueError(f"is no number from {low} to {high}")
 
     return parse
 

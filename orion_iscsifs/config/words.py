@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from orion_iscsifs.config import values
-from orion_iscsifs.config.settings import DigestPreference
+from orion_iscsifs.config.settings import CONNECTIONS_MAX, DigestPreference
 from orion_iscsifs.config.values import Parser, Value
 from orion_iscsifs.errors import UsageError
 
@@ -25,8 +25,6 @@ class Option:
 
 
 _DIGEST = values.choice(*DigestPreference)
-_ONE_CONNECTION = values.only("1", "is not in this version: a session has 1 connection")
-_NO_RECOVERY = values.only("0", "is not in this version: ErrorRecoveryLevel is 0")
 _DIGEST_WORDS: Final = "CRC: crc32c, none, prefer-crc32c, prefer-none (prefer-none)"
 
 OPTIONS: Final[Mapping[str, Option]] = {
@@ -53,8 +51,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
     ),
     "header_digest": Option(_DIGEST, "=WORD", f"header {_DIGEST_WORDS}"),
     "data_digest": Option(_DIGEST, "=WORD", f"data {_DIGEST_WORDS}"),
-    "connections": Option(_ONE_CONNECTION, "=1", "TCP connections of the session (only 1 so far)"),
-    "erl": Option(_NO_RECOVERY, "=0", "ErrorRecoveryLevel (only 0 so far)"),
+    "connections": Option(
+        values.whole_number(1, CONNECTIONS_MAX), "=N", "TCP connections of the session (1)"
+    ),
+    "erl": Option(values.whole_number(0, 2), "=N", "highest ErrorRecoveryLevel offered: 0-2 (0)"),
+    "tls_ca": Option(values.nonempty, "=FILE", "iscsis://: whom to trust (the system's CAs)"),
+    "tls_cert": Option(values.nonempty, "=FILE", "iscsis://: our certificate, if one is wanted"),
+    "tls_key": Option(values.nonempty, "=FILE", "iscsis://: its private key (as in tls_cert)"),
     "queue_depth": Option(values.queue_depth, "=auto|N", "commands in flight per LUN (auto)"),
     "cache": Option(
         values.cache, "=WORD", "none, writethrough, writeback: what write() waits for (writeback)"
@@ -100,9 +103,6 @@ LATER: Final[Mapping[str, str]] = {
     "reserve": "persistent reservations",
     "preempt": "persistent reservations",
     "luks_key_file": "LUKS volumes",
-    "tls_ca": "TLS",
-    "tls_cert": "TLS",
-    "tls_key": "TLS",
     "metrics_listen": "the metrics endpoint",
     "audit_log": "the audit log",
 }

@@ -17,7 +17,10 @@ from orion_iscsifs.initiator.commands import SYNCHRONIZE_PATIENCE, LogicalUnit
 from orion_iscsifs.initiator.probe import LunInfo, probe
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.scsi import cdb
+from orion_iscsifs.scsi.lun import encode_lun
 from orion_iscsifs.scsi.provisioning import encode_unmap
+from orion_iscsifs.scsi.sense import SenseData, Status
+from orion_iscsifs.scsi.verdict import Action, judge
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class LunDevice:
         unit.reread_limits = self._reread
         unit.look_again = self._look_again
         unit.session.checks.append(self._check_after_login)
+        unit.session.scsi_event_listeners.append(self._scsi_event)
 
     @classmethod
     async def open(cls, session: Session, number: int, *, read_only: bool) -> Self:
@@ -150,6 +154,14 @@ class LunDevice:
                     self._unit.refuse(error)
                     return
             await trio.sleep(_SETTLE_STEP_S)
+
+    def _scsi_event(self, lun: int, sense: SenseData) -> None:
+        """The target reports a condition without a command to report it with."""
+        if (
+            lun == encode_lun(self._unit.number)
+            and judge(Status.CHECK_CONDITION, sense) is Action.REREAD_CAPACITY
+        ):
+            self._unit.session.supervisor.start(self._look_again)
 
     async def _look_again(self) -> None:
         """A command came for a LUN that is refused: it may be in order by now."""

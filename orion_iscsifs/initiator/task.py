@@ -1,13 +1,22 @@
 """One SCSI command and what is known of it, from the caller's request to its status."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from orion_iscsifs.errors import OrionError, ProtocolViolation
 from orion_iscsifs.protocol.keys import Parameters
 from orion_iscsifs.protocol.pdu import DataIn, ScsiCommand, ScsiResponse, ServiceResponse
+from orion_iscsifs.protocol.recovery import RecoveringRead, RecoveringWrite
 from orion_iscsifs.protocol.transfer import ReadTransfer, WriteTransfer
+from orion_iscsifs.scsi.sense import Status
+
+if TYPE_CHECKING:
+    from orion_iscsifs.initiator.connection import Connection
+
+_SUCCESSES: Final = frozenset({Status.GOOD, Status.CONDITION_MET, 0x10, 0x14})
+"""The last two are INTERMEDIATE and INTERMEDIATE-CONDITION MET, which SAM has retired."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -37,10 +46,15 @@ class Task:
     error: OrionError | None = None
 
     initiator_task_tag: int = 0
+    cmd_sn: int = 0
+    connection: "Connection | None" = field(default=None, repr=False)
+    """Where it is in flight (its connection allegiance, RFC 7143 §4.2.2); None: nowhere."""
+    climbing: bool = False
+    """Task management is at work on it (`management.TaskManager`)."""
     started_at: float = 0.0
     """When it was last sent (trio time)."""
     timeouts: int = 0
-    """How often its own time-out has ended a connection."""
+    """How often it got no answer in its time."""
     violations: int = 0
     """How often the target has broken the protocol in what it sent for this command."""
     waiter: trio.lowlevel.Task | None = None
@@ -61,16 +75,22 @@ class Task:
         return Task(self.lun, self.cdb, self.read_into, self.write_from, self.patience, self.urgent)
 
     def begin(self, tag: int, cmd_sn: int, parameters: Parameters, now: float) -> ScsiCommand:
-        """Start (again) from the beginning under a new tag; the command to send."""
+        """Start (again) from the beginning; the command to send.
+
+        The tag is a new one, and so is the CmdSN; a retry (RFC 7143 §7.2.1) has the old ones.
+        """
         self.initiator_task_tag = tag
+        self.cmd_sn = cmd_sn
         self.started_at = now
+        self.climbing = False
+        recovers = parameters.error_recovery_level > 0
         if (target := self.read_into) is not None:
-            self.read = ReadTransfer(len(target))
+            self.read = (RecoveringRead if recovers else ReadTransfer)(len(target))
             return ScsiCommand(self.lun, tag, self.cdb, len(target), read=True, cmd_sn=cmd_sn)
         source = self.write_from
         if source is None:
             return ScsiCommand(self.lun, tag, self.cdb, cmd_sn=cmd_sn)
-        self.write = write = WriteTransfer(source, parameters)
+        self.write = write = (RecoveringWrite if recovers else WriteTransfer)(source, parameters)
         immediate = write.immediate_bytes
         return ScsiCommand(
             self.lun,
@@ -85,7 +105,14 @@ class Task:
         )
 
     def finish_with_data(self, pdu: DataIn) -> None:
-        """Take the status that the last Data-In carries (the S bit, RFC 7143 §11.7.3)."""
+        """Take the status that the last Data-In carries (the S bit); raises ProtocolViolation.
+
+        Only a status of success may come this way: any other needs sense data (RFC 7143 §11.7.3).
+        """
+        if pdu.status and pdu.status not in _SUCCESSES:
+            raise ProtocolViolation(
+                pdu.name, f"status {pdu.status:#04x}, which needs a SCSI Response", section="11.7.3"
+            )
         self._residual(pdu.overflow, pdu.underflow, pdu.residual_count)
         self.status = pdu.status
 

@@ -6,7 +6,7 @@ served at once; only an empty or a full socket waits.
 
 import contextlib
 import socket
-from typing import Final
+from typing import ClassVar, Final
 
 import trio
 
@@ -22,6 +22,9 @@ _PIECES_MAX: Final = 512
 
 class Wire:
     """The connection's socket. Errors of the socket are raised as ConnectionLost."""
+
+    advice_if_strange: ClassVar[str] = "check that the port is an iSCSI target's"
+    """For a peer that ends the connection, or talks nonsense, before its first PDU."""
 
     def __init__(self, sock: socket.socket, framer: Framer, peer: str) -> None:
         self._sock = sock
@@ -66,6 +69,14 @@ class Wire:
             if pdus is not None:
                 return pdus
             await self.wait_readable()
+
+    async def first_bytes(self, count: int) -> bytes:
+        """Wait for bytes; up to `count` of them, still to be received."""
+        await self.wait_readable()
+        try:
+            return self._sock.recv(count, socket.MSG_PEEK)
+        except OSError:
+            return b""
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.wait_readable(self._sock)

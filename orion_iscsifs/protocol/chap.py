@@ -59,6 +59,32 @@ class Credentials:
         return len(self.secret) < SECRET_BYTES_MIN
 
 
+CHALLENGES_MAX: Final = 4096
+
+
+class ChallengeRegister:
+    """The challenges that this side has sent lately, on all of its connections (RFC 7143 §9.2.1).
+
+    A rogue peer that gets one of them back as its own challenge on another connection would have
+    us compute the response it lacks. So a challenge that comes in must not be in here. Bounded:
+    the oldest is forgotten, long after its login has ended.
+    """
+
+    def __init__(self, challenges_max: int = CHALLENGES_MAX) -> None:
+        self._challenges_max = challenges_max
+        self._sent: dict[bytes, None] = {}
+
+    def add(self, challenge: bytes) -> None:
+        """A challenge of ours that is about to be sent."""
+        self._sent[challenge] = None
+        if len(self._sent) > self._challenges_max:
+            del self._sent[next(iter(self._sent))]
+
+    def __contains__(self, challenge: bytes) -> bool:
+        # Challenges are no secrets: they cross the wire, so a plain comparison tells nobody more.
+        return challenge in self._sent
+
+
 def chap_response(
     algorithm: ChapAlgorithm, identifier: int, secret: bytes, challenge: bytes
 ) -> bytes:

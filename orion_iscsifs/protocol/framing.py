@@ -23,7 +23,7 @@ digest that does not match ends it too, unless `keep_damaged` says that the sess
 then a `Damaged` takes the PDU's place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -121,6 +121,15 @@ class Framer:
         if self._rest is not None:
             self._rest = private[len(private) - len(self._rest) :]
         pdu.data = private
+
+    def release(self, tasks: Container[int]) -> None:
+        """`divert` the open data segment if its task is not one of `tasks`, which are still alive.
+
+        To be called when PDUs have been handled and before their readers can run: a peer may begin
+        a data segment for a command whose end came in the same batch.
+        """
+        if self._open is not None and self._open.initiator_task_tag not in tasks:
+            self.divert(self._open.initiator_task_tag)
 
     def _next(self) -> Pdu | None:
         """The next PDU that is complete, or None after opening one that is not."""

@@ -23,6 +23,12 @@ NONE: Final = "None"
 CRC32C: Final = "CRC32C"
 NORMAL: Final = "Normal"
 DISCOVERY: Final = "Discovery"
+RFC3720: Final = "RFC3720"
+RESPONSE_FENCE: Final = "ResponseFence"
+FAST_ABORT: Final = "FastAbort"
+PROTOCOL_LEVEL_RFC7143: Final = 1
+PROTOCOL_LEVEL_RFC7144: Final = 2
+"""Adds QUERY TASK, QUERY TASK SET, I_T NEXUS RESET, QUERY ASYNC EVENT and status qualifiers."""
 
 LENGTH_MAX: Final = (1 << 24) - 1
 VALUE_BYTES_MAX: Final = 255
@@ -223,8 +229,8 @@ _ROWS: Final = (
         name="TaskReporting",
         section="13.23",
         kind=Kind.LIST,
-        default=("RFC3720",),
-        values=("RFC3720",),
+        default=(RFC3720,),
+        values=(FAST_ABORT, RESPONSE_FENCE, RFC3720),
         irrelevant_in_discovery=True,
         later=True,
     ),
@@ -302,6 +308,13 @@ class Offer:
     data_pdu_in_order: bool = True
     data_sequence_in_order: bool = True
     error_recovery_level: int = 0
+    task_reporting: tuple[str, ...] = ()
+    """In the order of preference, RFC3720 among them; empty: what the role can do.
+
+    ResponseFence asks nothing of an initiator, so it offers that (§13.23). A target has to hold
+    responses back for it (§4.2.2.3.3), and FastAbort asks for work at both sides (§4.2.3.4)."""
+    iscsi_protocol_level: int | None = None
+    """The highest level that this side speaks; None: 2 for an initiator, 1 for a target."""
     alias: str = ""
     """Sent as InitiatorAlias or TargetAlias unless empty."""
 
@@ -313,11 +326,19 @@ class Offer:
                     raise UsageError(f"{name}={','.join(value)}: not among {row.values}")
             elif row.high and not row.low <= value <= row.high:
                 raise UsageError(f"{name}={value}: not between {row.low} and {row.high}")
+        if self.task_reporting and RFC3720 not in self.task_reporting:
+            raise UsageError(f"TaskReporting without {RFC3720} (RFC 7143 §13.23)")
         if self.first_burst_length > self.max_burst_length:
             raise UsageError("FirstBurstLength exceeds MaxBurstLength (RFC 7143 §13.14)")
 
     def values(self) -> dict[str, Value]:
-        """By key name, in the order in which they are proposed."""
+        """By key name, in the order in which they are proposed; what is left to the role is not
+        among them."""
+        later: dict[str, Value] = {}
+        if self.task_reporting:
+            later["TaskReporting"] = self.task_reporting
+        if self.iscsi_protocol_level is not None:
+            later["iSCSIProtocolLevel"] = self.iscsi_protocol_level
         return {
             "HeaderDigest": self.header_digest,
             "DataDigest": self.data_digest,
@@ -333,4 +354,5 @@ class Offer:
             "DataPDUInOrder": self.data_pdu_in_order,
             "DataSequenceInOrder": self.data_sequence_in_order,
             "ErrorRecoveryLevel": self.error_recovery_level,
+            **later,
         }

@@ -17,6 +17,7 @@ from typing import Final
 
 from orion_iscsifs.errors import AuthenticationFailed, ProtocolViolation
 from orion_iscsifs.protocol.chap import (
+    ChallengeRegister,
     ChapAlgorithm,
     Credentials,
     chap_response,
@@ -87,7 +88,9 @@ class ChapInitiator:
         target_credentials: Credentials | None,
         algorithms: Sequence[int],
         random_bytes: RandomBytes,
+        challenges: ChallengeRegister | None = None,
     ) -> None:
+        self._sent = ChallengeRegister() if challenges is None else challenges
         self._credentials = credentials
         self._target = target_credentials
         self._algorithms = tuple(ChapAlgorithm(algorithm) for algorithm in algorithms)
@@ -110,6 +113,11 @@ class ChapInitiator:
         self._algorithm = self._chosen(keys.take("CHAP_A"))
         identifier, challenge = keys.take_identifier(), keys.take_binary("CHAP_C")
         keys.finish()
+        if challenge in self._sent:
+            raise AuthenticationFailed(
+                "login: the target reflects a CHAP challenge of ours from another connection",
+                advice="somebody may be impersonating the target (RFC 7143 §9.2.1)",
+            )
         secret = self._credentials.secret
         response = chap_response(self._algorithm, identifier, secret, challenge)
         pairs = [("CHAP_N", self._credentials.user), ("CHAP_R", encode_binary(response))]
@@ -118,6 +126,7 @@ class ChapInitiator:
             if same(self._challenge, challenge):
                 # Chance does not do this: the target has foreseen, or replays, our randomness.
                 raise AuthenticationFailed("login: the target's CHAP challenge equals ours")
+            self._sent.add(self._challenge)
             pairs += [
                 ("CHAP_I", str(self._identifier)),
                 ("CHAP_C", encode_binary(self._challenge)),
@@ -169,7 +178,9 @@ class ChapTarget:
         outgoing: Credentials | None,
         algorithms: Sequence[int],
         random_bytes: RandomBytes,
+        challenges: ChallengeRegister | None = None,
     ) -> None:
+        self._sent = ChallengeRegister() if challenges is None else challenges
         self._incoming = incoming
         self._outgoing = outgoing
         self._algorithms = frozenset(algorithms)
@@ -189,6 +200,7 @@ class ChapTarget:
             raise self._failure("no CHAP algorithm in common")
         self._algorithm = ChapAlgorithm(number)
         self._identifier, self._challenge = _challenge(self._algorithm, self._random_bytes)
+        self._sent.add(self._challenge)
         return [
             ("CHAP_A", str(number)),
             ("CHAP_I", str(self._identifier)),
@@ -219,7 +231,8 @@ class ChapTarget:
     def _prove(self, identifier: int, challenge: bytes) -> list[Pair]:
         if self._outgoing is None:
             raise self._failure("the initiator asks for mutual CHAP, which is not configured")
-        if same(challenge, self._challenge):
+        if challenge in self._sent:
+            # Of this connection or of another one: §9.2.1 knows an attack with each.
             raise self._failure("the initiator reflects the target's CHAP challenge")
         response = chap_response(self._algorithm, identifier, self._outgoing.secret, challenge)
         return [("CHAP_N", self._outgoing.user), ("CHAP_R", encode_binary(response))]

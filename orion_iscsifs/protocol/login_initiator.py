@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from orion_iscsifs.errors import AuthenticationFailed, ProtocolViolation, UsageError
-from orion_iscsifs.protocol.chap import Credentials, same
+from orion_iscsifs.protocol.chap import ChallengeRegister, Credentials, same
 from orion_iscsifs.protocol.keys import NONE, NORMAL, Offer, Parameters, Role
 from orion_iscsifs.protocol.login_chap import ChapInitiator, RandomBytes
 from orion_iscsifs.protocol.login_stages import CODE, Stage, begin, transit
@@ -20,7 +20,7 @@ from orion_iscsifs.protocol.login_status import refusal
 from orion_iscsifs.protocol.login_text import Received, TextChannel
 from orion_iscsifs.protocol.negotiation import Negotiator
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, LoginStage
-from orion_iscsifs.protocol.text import Pair, parse_number, shown
+from orion_iscsifs.protocol.text import Pair, parse_binary_number, printable, shown
 
 SessionType = Literal["Normal", "Discovery"]
 _PDU: Final = LoginResponse.name
@@ -41,7 +41,8 @@ class InitiatorLogin:
     `tsih` 0 opens a session (or reinstates the one with this ISID); otherwise the connection joins
     the session whose parameters are `session`. With `credentials` the target has to authenticate
     us, with `target_credentials` we authenticate the target too; a target that does not is
-    refused. `chap_algorithms` are offered as given, in the order of preference.
+    refused. `chap_algorithms` are offered as given, in the order of preference. `challenges` is
+    to be shared by all logins of this process. `expected_portal_group_tag` is what discovery told.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class InitiatorLogin:
         random_bytes: RandomBytes,
         exp_stat_sn: int = 0,
         session: Parameters | None = None,
+        expected_portal_group_tag: int | None = None,
+        challenges: ChallengeRegister | None = None,
     ) -> None:
         assert target_name is not None or session_type != NORMAL
         discovery = session_type != NORMAL
@@ -79,7 +82,9 @@ class InitiatorLogin:
         self._request = LoginRequest(
             isid=isid, initiator_task_tag=initiator_task_tag, tsih=tsih, cid=cid, cmd_sn=cmd_sn
         )
-        self._chap = _chap(credentials, target_credentials, chap_algorithms, random_bytes)
+        self._chap = _chap(
+            credentials, target_credentials, chap_algorithms, random_bytes, challenges
+        )
         self._auth = _Auth.METHOD
         self._stage = Stage.START
         self._wanted: LoginStage | None = None
@@ -93,17 +98,31 @@ class InitiatorLogin:
             leading=tsih == 0,
             base=session,
         )
+        self.portal_group_tag_missing = False
+        """The first complete response of a normal session lacks it: §13.9 says it must not."""
+        self._expected_portal_group_tag = expected_portal_group_tag
         self._portal_group_tag: int | None = None
         self._target_alias = ""
+        self._heard = False
+
+    @property
+    def portal_group_tag_mismatch(self) -> bool:
+        """The login went to another portal group than discovery said (§6.3.1): worth a word in
+        the log, since an administrator may just have changed it. Never a reason to refuse."""
+        tags = (self._expected_portal_group_tag, self._portal_group_tag)
+        return None not in tags and tags[0] != tags[1]
 
     def start(self) -> LoginRequest:
         """The first Login Request."""
         self._stage = begin(LoginStage.SECURITY, LoginRequest.name)
         initiator_name, target_name, session_type = self._names
-        pairs: list[Pair] = [("InitiatorName", initiator_name), ("SessionType", session_type)]
+        pairs: list[Pair] = [("InitiatorName", initiator_name)]
+        if self.tsih == 0:
+            # For the leading connection only (§13.21); there some targets insist on it.
+            pairs.append(("SessionType", session_type))
         if target_name is not None:
             pairs.append(("TargetName", target_name))
-        if self._offer.alias:
+        if self._offer.alias and self.tsih == 0:
             pairs.append(("InitiatorAlias", self._offer.alias))
         if self._chap is None:
             return self._send([*pairs, ("AuthMethod", NONE)], LoginStage.OPERATIONAL)
@@ -203,11 +222,13 @@ class InitiatorLogin:
             raise ProtocolViolation(_PDU, "TSIH 0 at the end of login", section="11.13.3")
         if self.tsih not in (0, response.tsih):
             raise ProtocolViolation(_PDU, "TSIH of another session", section="11.13.3")
+        agreed = self._negotiator.conclude()
         self.parameters = replace(
-            self._negotiator.conclude(),
+            agreed,
             target_portal_group_tag=self._portal_group_tag,
-            target_alias=self._target_alias,
-            initiator_alias=self._offer.alias,
+            # A connection that joins a session need not repeat what the session knows.
+            target_alias=self._target_alias or agreed.target_alias,
+            initiator_alias=self._offer.alias or agreed.initiator_alias,
         )
         self.tsih = response.tsih
         self.done = True
@@ -260,13 +281,14 @@ class InitiatorLogin:
             raise ProtocolViolation(_PDU, problem, section="11.13.6")
 
     def _note_declarations(self, received: Received) -> None:
-        alias = received.declared.get("TargetAlias", self._target_alias)
-        # It is for people to read, so it must not move a terminal's cursor.
-        self._target_alias = "".join(char for char in alias if char.isprintable())
+        self._target_alias = printable(received.declared.get("TargetAlias", self._target_alias))
         text = received.declared.get("TargetPortalGroupTag")
+        if not self._heard and self._names[2] == NORMAL:
+            self.portal_group_tag_missing = text is None
+        self._heard = True
         if text is None:
             return
-        number = parse_number(text)
+        number = parse_binary_number(text)
         if number is None or number > 0xFFFF:
             problem = f"TargetPortalGroupTag={shown(text)} has not 16 bits"
             raise ProtocolViolation(_PDU, problem, section="13.9")
@@ -278,6 +300,7 @@ def _chap(
     target_credentials: Credentials | None,
     algorithms: Sequence[int],
     random_bytes: RandomBytes,
+    challenges: ChallengeRegister | None,
 ) -> ChapInitiator | None:
     if credentials is None:
         if target_credentials is not None:
@@ -292,7 +315,7 @@ def _chap(
             "mutual CHAP with the same secret in both directions",
             advice="the two directions need different secrets (RFC 7143 §9.2.1)",
         )
-    return ChapInitiator(credentials, target_credentials, algorithms, random_bytes)
+    return ChapInitiator(credentials, target_credentials, algorithms, random_bytes, challenges)
 
 
 def _not_chap(method: str | None) -> AuthenticationFailed:

@@ -17,7 +17,7 @@ from orion_iscsifs.errors import (
     OrionError,
     ProtocolViolation,
 )
-from orion_iscsifs.protocol.chap import ChapAlgorithm, Credentials
+from orion_iscsifs.protocol.chap import ChallengeRegister, ChapAlgorithm, Credentials
 from orion_iscsifs.protocol.keys import DISCOVERY, NONE, NORMAL, Offer, Parameters, Role
 from orion_iscsifs.protocol.login_chap import ChapTarget, RandomBytes
 from orion_iscsifs.protocol.login_stages import CODE, Stage, begin, transit
@@ -25,7 +25,7 @@ from orion_iscsifs.protocol.login_status import LoginStatus, status_error
 from orion_iscsifs.protocol.login_text import Received, TextChannel
 from orion_iscsifs.protocol.negotiation import Negotiator
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, LoginStage
-from orion_iscsifs.protocol.text import Pair, encode_text, shown
+from orion_iscsifs.protocol.text import Pair, encode_text, printable, shown
 
 _PDU: Final = LoginRequest.name
 _NAME_BYTES_MAX: Final = 223
@@ -59,6 +59,9 @@ class TargetLogin:
     raise LoginError (its status goes to the initiator), LoginRedirected included.
     `assign_tsih`, called when everything is agreed on, gives the session's TSIH; it too may raise
     LoginError, for a session that does not exist, for one. `discovery_access` guards discovery.
+    `find_session`, called with the names known, gives the parameters of the session that a login
+    with a TSIH wants to join; it may raise LoginError as well. `challenges` is to be shared by all
+    logins of this target.
     """
 
     def __init__(
@@ -70,7 +73,11 @@ class TargetLogin:
         random_bytes: RandomBytes,
         discovery_access: TargetAccess | None = None,
         assign_tsih: "Callable[[TargetLogin], int] | None" = None,
+        find_session: "Callable[[TargetLogin], Parameters] | None" = None,
+        challenges: ChallengeRegister | None = None,
     ) -> None:
+        self._find_session = find_session
+        self._challenges = challenges
         self.assign_tsih = assign_tsih
         self.done = False
         self.failed = False
@@ -150,7 +157,9 @@ class TargetLogin:
         pairs: list[Pair] = []
         if self._negotiator is None:
             pairs += self._identify(received)
-        self._initiator_alias = received.declared.get("InitiatorAlias", self._initiator_alias)
+        self._initiator_alias = printable(
+            received.declared.get("InitiatorAlias", self._initiator_alias)
+        )
         if self._stage is Stage.SECURITY:
             pairs += self._authenticate(received.security, last=request.transit)
         else:
@@ -179,6 +188,7 @@ class TargetLogin:
             pdu=_PDU,
             discovery=self.session_type == DISCOVERY,
             leading=self.requested_tsih == 0,
+            base=self._session(),
         )
         alias = self.access.alias or self._offer.alias
         pairs = [("TargetPortalGroupTag", str(self._portal_group_tag))]
@@ -186,11 +196,18 @@ class TargetLogin:
             pairs.append(("TargetAlias", alias))
         return pairs
 
+    def _session(self) -> Parameters | None:
+        if self.requested_tsih == 0 or self._find_session is None:
+            return None
+        return self._find_session(self)
+
     def _demand_chap(self, incoming: Credentials) -> None:
         if self._stage is not Stage.SECURITY:
             raise self._unauthenticated("the initiator skips the security stage")
         access = self.access
-        self._chap = ChapTarget(incoming, access.outgoing, access.algorithms, self._random_bytes)
+        self._chap = ChapTarget(
+            incoming, access.outgoing, access.algorithms, self._random_bytes, self._challenges
+        )
 
     def _unauthenticated(self, message: str) -> LoginError:
         return status_error(LoginStatus.AUTHENTICATION_FAILURE, f"login: {message}")
@@ -269,11 +286,13 @@ class TargetLogin:
 
     def _finish(self) -> None:
         assert self._negotiator is not None
+        agreed = self._negotiator.conclude()
         self.parameters = replace(
-            self._negotiator.conclude(),
+            agreed,
             target_portal_group_tag=self._portal_group_tag,
             target_alias=self.access.alias or self._offer.alias,
-            initiator_alias=self._initiator_alias,
+            # A connection that joins a session need not repeat what the session knows.
+            initiator_alias=self._initiator_alias or agreed.initiator_alias,
         )
         if self.assign_tsih is None:
             self.tsih = self.requested_tsih or 1

@@ -6,7 +6,7 @@ a negotiation is atomic. The rules by kind of key are two small tables, one for 
 `_select` picks an answer to a proposal, `_check_selection` judges an answer to ours.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,7 +19,11 @@ from orion_iscsifs.protocol.keys import (
     NO,
     NONE,
     NOT_UNDERSTOOD,
+    PROTOCOL_LEVEL_RFC7143,
+    PROTOCOL_LEVEL_RFC7144,
     REJECT,
+    RESPONSE_FENCE,
+    RFC3720,
     YES,
     Key,
     Kind,
@@ -34,6 +38,18 @@ _MAX_RECV: Final = "MaxRecvDataSegmentLength"
 _MAX_RECV_DEFAULT: Final = 8192
 _DISCOVERY_KEYS: Final = ("HeaderDigest", "DataDigest", _MAX_RECV)
 """What a discovery session proposes: the rest is irrelevant there or fixed (§13.21)."""
+
+_BY_ROLE: Final[Mapping[Role, Mapping[str, Value]]] = {
+    Role.INITIATOR: {
+        "TaskReporting": (RESPONSE_FENCE, RFC3720),
+        "iSCSIProtocolLevel": PROTOCOL_LEVEL_RFC7144,
+    },
+    Role.TARGET: {
+        "TaskReporting": (RFC3720,),
+        "iSCSIProtocolLevel": PROTOCOL_LEVEL_RFC7143,
+    },
+}
+"""What an offer leaves to the role: see `Offer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +85,8 @@ class Negotiator:
         self._leading = leading
         self._base = Parameters() if base is None else base
         self._own: dict[str, Value] = offer.values()
+        for name, value in _BY_ROLE[role].items():
+            self._own.setdefault(name, value)
         if discovery:
             self._own |= {"MaxConnections": 1, "ErrorRecoveryLevel": 0}
         self._proposed: dict[str, Value] = {}
@@ -84,7 +102,17 @@ class Negotiator:
     def propose(self) -> list[Pair]:
         """Everything that this side wants to negotiate, once."""
         names = _DISCOVERY_KEYS if self._discovery else tuple(self._own)
-        return self._send(name for name in names if self._leading or not KEYS[name].session_wide)
+        return self._send(name for name in names if self._is_proposable(name))
+
+    def _is_proposable(self, name: str) -> bool:
+        row, own = KEYS[name], self._own[name]
+        if row.session_wide and not self._leading:
+            return False
+        if isinstance(own, tuple):
+            # Who asks for TaskReporting has to offer ResponseFence (§13.23).
+            return name != "TaskReporting" or RESPONSE_FENCE in own
+        # A peer may not know a later key: it is not bothered with a default.
+        return not row.later or own != row.default
 
     def needs(self) -> list[str]:
         """What a responder can't leave at its default; it follows the peer in the rest."""
@@ -101,7 +129,7 @@ class Negotiator:
             return False
         match row.kind:
             case Kind.LIST:
-                return isinstance(own, tuple) and NONE not in own
+                return isinstance(own, tuple) and not {NONE, RFC3720} & set(own)
             case Kind.MINIMUM:
                 return _number(own) < _number(row.default)
             case Kind.MAXIMUM:
@@ -184,7 +212,7 @@ class Negotiator:
         return Answer(row.name, _text(selected), required=not _decides(row.name, proposed))
 
     def _select(self, row: Key, proposed: Value) -> Value | None:
-        own = self._own.get(row.name, _row_value(row))
+        own = self._own[row.name]
         match row.kind:
             case Kind.AND:
                 return bool(own and proposed)
@@ -266,7 +294,14 @@ class Negotiator:
             data_pdu_in_order=self._bool("DataPDUInOrder", self._base.data_pdu_in_order),
             data_sequence_in_order=in_order,
             error_recovery_level=erl,
+            task_reporting=self._task_reporting(),
+            iscsi_protocol_level=self._int("iSCSIProtocolLevel", self._base.iscsi_protocol_level),
         )
+
+    def _task_reporting(self) -> str:
+        settled = self._settled.get("TaskReporting", (self._base.task_reporting,))
+        assert isinstance(settled, tuple)
+        return settled[0]
 
     def _bursts(self) -> tuple[int, int]:
         max_burst = self._int("MaxBurstLength", self._base.max_burst_length)
@@ -319,14 +354,6 @@ def _check_selection(kind: Kind, own: Value, selected: Value) -> bool:
             assert isinstance(own, tuple)
             assert isinstance(selected, tuple)
             return len(selected) == 1 and selected[0] in own
-
-
-def _row_value(row: Key) -> Value:
-    """What this side has for a key that its offer does not name: TaskReporting, for one."""
-    if row.values:
-        return row.values
-    assert isinstance(row.default, int)
-    return row.default
 
 
 def _number(value: Value | str) -> int:

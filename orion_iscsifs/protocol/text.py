@@ -4,6 +4,8 @@ A logical text data segment may span PDUs (C bit), and so may a single pair. `Te
 one such segment, bounded before memory is taken.
 """
 
+import base64
+import binascii
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -25,6 +27,9 @@ SHOWN_CHARS_MAX: Final = 60
 _KEY_NAME: Final = re.compile(r"(?:[A-Z]|iSCSI)[A-Za-z0-9.\-+@_#]{0,62}\Z")
 _KEY_BYTES_MAX: Final = 63
 
+_BINARY_BYTES_MAX: Final = 8
+"""Of a regular-binary-value: 64 bits."""
+
 _NUMBER: Final = re.compile(r"0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19}")
 
 
@@ -44,12 +49,28 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= SHOWN_CHARS_MAX else text[:SHOWN_CHARS_MAX] + "...")
 
 
+def printable(text: str) -> str:
+    """Text for people to read, so that it can't move a terminal's cursor."""
+    return "".join(char for char in text if char.isprintable())
+
+
 def parse_number(text: str) -> int | None:
     """A numerical-value of §6.1 (decimal or hex, below 2**64), or None."""
     if _NUMBER.fullmatch(text) is None:
         return None
     number = int(text, 0)
     return number if number < 1 << 64 else None
+
+
+def parse_binary_number(text: str) -> int | None:
+    """A regular-binary-value of §6.1 as a number (decimal, hex or base64), or None."""
+    if text[:2] not in ("0b", "0B"):
+        return parse_number(text)
+    try:
+        value = base64.b64decode(text[2:], validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return int.from_bytes(value) if 0 < len(value) <= _BINARY_BYTES_MAX else None
 
 
 class TextReader:
@@ -63,6 +84,11 @@ class TextReader:
         self._pdu = pdu
         self._bytes_max = bytes_max
         self._text = bytearray()
+
+    @property
+    def is_whole(self) -> bool:
+        """What was fed does not end in the middle of a pair."""
+        return not self._text or self._text[-1] == 0
 
     def feed(self, data: Buffer) -> None:
         """The data segment of one PDU, with or without the C bit."""

@@ -24,7 +24,7 @@ class ReadTransfer:
     data_sn: int = 0
     """DataSN that is due next, which is also the count of Data-In PDUs so far."""
 
-    def place(self, pdu: DataIn, length: int) -> int:
+    def place(self, pdu: DataIn, length: int) -> int | None:
         """Check a Data-In of `length` bytes; where its data begins in the reader's buffer.
 
         In order, as DataPDUInOrder and DataSequenceInOrder are always Yes here.
@@ -82,8 +82,11 @@ class WriteTransfer:
         start, end = self.immediate_bytes, self.first_burst_bytes
         return self._burst(lun, initiator_task_tag, NO_TAG, start, end)
 
-    def solicited(self, r2t: R2T) -> "Burst":
-        """The answer to an R2T, with its tag and LUN; raises ProtocolViolation."""
+    def solicited(self, r2t: R2T) -> "Burst | None":
+        """The answer to an R2T, with its tag and LUN; raises ProtocolViolation.
+
+        None: the R2T is a duplicate and wants none (ErrorRecoveryLevel 1 and above only).
+        """
         offset, length = r2t.buffer_offset, r2t.desired_data_transfer_length
         self._check(r2t, offset, length)
         self.r2t_sn += 1
@@ -97,6 +100,19 @@ class WriteTransfer:
             raise ProtocolViolation(
                 r2t.name, f"R2TSN {r2t.r2t_sn} where {self.r2t_sn} was due", section="11.8.2"
             )
+        self.check_shape(r2t)
+        if offset < self.solicited_end:
+            # DataSequenceInOrder is Yes here, and only recovery levels above 0 ask twice. It also
+            # bounds what a target can make us queue.
+            raise ProtocolViolation(
+                r2t.name,
+                f"asks for {offset}+{length} after all before {self.solicited_end} was asked for",
+                section="11.8",
+            )
+
+    def check_shape(self, r2t: R2T) -> None:
+        """What holds for every R2T, at every recovery level; raises ProtocolViolation."""
+        offset, length = r2t.buffer_offset, r2t.desired_data_transfer_length
         if r2t.target_transfer_tag == NO_TAG:
             raise ProtocolViolation(
                 r2t.name, "the reserved Target Transfer Tag ffffffff", section="11.8.5"
@@ -107,14 +123,6 @@ class WriteTransfer:
                 f"Desired Data Transfer Length {length} with MaxBurstLength"
                 f" {self.parameters.max_burst_length}",
                 section="11.8.4",
-            )
-        if offset < self.solicited_end:
-            # DataSequenceInOrder is Yes here, and only recovery levels above 0 ask twice. It also
-            # bounds what a target can make us queue.
-            raise ProtocolViolation(
-                r2t.name,
-                f"asks for {offset}+{length} after all before {self.solicited_end} was asked for",
-                section="11.8.3",
             )
         if offset + length > len(self.data):
             raise ProtocolViolation(

@@ -37,22 +37,23 @@ def decode_mode_sense_10(data: Buffer) -> ModeParameters:
     return _decode(data, field(data, 3, 1), 8 + field(data, 6, 2), 2 + field(data, 0, 2))
 
 
-def _decode(data: Buffer, device_specific: int, offset: int, length: int) -> ModeParameters:
+def _decode(data: Buffer, device_specific: int, offset: int, stated: int) -> ModeParameters:
     """Walk the pages from `offset`; stop at the shorter of the stated and the real length."""
-    end = min(len(data), length)
+    end = min(len(data), stated)
     write_cache = read_cache = True
     software_write_protect = False
     while offset + 2 <= end:
         code = data[offset]
         long_format = bool(code & _PAGE_FORMAT_SUBPAGE)
-        body = field(data, offset + 2, 2) + 4 if long_format else data[offset + 1] + 2
-        if not long_format and offset + 3 <= end:
+        length = field(data, offset + 2, 2) + 4 if long_format else data[offset + 1] + 2
+        page = data[offset : min(end, offset + length)]
+        if not long_format and len(page) > 2:
             if code & 0x3F == CACHING_PAGE:
-                write_cache = bool(data[offset + 2] & 0x04)
-                read_cache = not data[offset + 2] & 0x01
+                write_cache = bool(page[2] & 0x04)
+                read_cache = not page[2] & 0x01
             elif code & 0x3F == CONTROL_PAGE:
-                software_write_protect = bool(field(data, offset + 4, 1) & 0x08)
-        offset += body
+                software_write_protect = bool(field(page, 4, 1) & 0x08)
+        offset += length
     return ModeParameters(
         write_protected=bool(device_specific & _WRITE_PROTECT),
         dpofua=bool(device_specific & _DPOFUA),

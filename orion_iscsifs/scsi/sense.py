@@ -105,6 +105,8 @@ class SenseData:
     information: int | None = None
     deferred: bool = False
     """The error belongs to an earlier command (write-back cache)."""
+    cdb_field: int | None = None
+    """Which byte of the CDB is invalid (SPC-4 §4.5.2.4.2). Only ever sent: it helps nobody here."""
 
     def describe(self) -> str:
         """In words, with the three numbers that every vendor's manual lists."""
@@ -131,6 +133,10 @@ def status_name(status: int) -> str:
 
 
 _INFORMATION_DESCRIPTOR: Final = 0x00
+_SENSE_KEY_SPECIFIC_DESCRIPTOR: Final = 0x02
+_FIELD_IN_CDB: Final = 0xC0
+"""SKSV and C/D: the field pointer is valid, and points into the CDB."""
+_FIXED_HEADER_BYTES: Final = 8
 
 
 def decode_sense(data: Buffer) -> SenseData:
@@ -146,6 +152,8 @@ def decode_sense(data: Buffer) -> SenseData:
         )
     if code in {0x70, 0x71}:
         valid = bool(data[0] & 0x80) and len(data) >= 7
+        # ADDITIONAL SENSE LENGTH says where the sense ends; what follows is not part of it.
+        data = data[: _FIXED_HEADER_BYTES + field(data, 7, 1)]
         return SenseData(
             key=field(data, 2, 1) & 0x0F,
             asc=field(data, 12, 1),
@@ -174,6 +182,9 @@ def encode_sense(sense: SenseData, *, descriptor_format: bool = False) -> bytes:
         tail = b""
         if information is not None:
             tail = bytes((_INFORMATION_DESCRIPTOR, 10, 0x80, 0)) + information.to_bytes(8, "big")
+        if sense.cdb_field is not None:
+            tail += bytes((_SENSE_KEY_SPECIFIC_DESCRIPTOR, 6, 0, 0, _FIELD_IN_CDB))
+            tail += sense.cdb_field.to_bytes(2, "big") + bytes(1)
         head = bytes((0x72 + sense.deferred, sense.key, sense.asc, sense.ascq, 0, 0, 0, len(tail)))
         return head + tail
     data = bytearray(18)
@@ -184,6 +195,9 @@ def encode_sense(sense: SenseData, *, descriptor_format: bool = False) -> bytes:
     if information is not None and information <= 0xFFFF_FFFF:
         data[0] |= 0x80
         data[3:7] = information.to_bytes(4, "big")
+    if sense.cdb_field is not None:
+        data[15] = _FIELD_IN_CDB
+        data[16:18] = sense.cdb_field.to_bytes(2, "big")
     return bytes(data)
 
 

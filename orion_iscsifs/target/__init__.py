@@ -2,8 +2,10 @@
 
 `serve()` is the whole API for a program; `orion-iscsifs target serve` is the same for a user.
 
-    server.py       listeners, portals, the registry of sessions, the handle that tests hold
+    server.py       the life of it all, the handle that tests hold
+    portals.py      listeners, portal groups, what SendTargets says of them
     login.py        one connection from its first byte to full feature phase
+    login_faults.py, login_script.py   logins that go wrong on demand, for tests
     connection.py   one TCP connection: bytes in, PDUs out, many of each per wake-up
     session.py      command window, dispatch, responses
     tasks.py        one SCSI command: its write data, its residuals
@@ -18,6 +20,8 @@
 
 from orion_iscsifs.target.backing import FileDevice, InlineDevice, RamDevice, open_backing
 from orion_iscsifs.target.faults import Fault, Faults
+from orion_iscsifs.target.login_faults import LoginAct, LoginFault, LoginFaults, When
+from orion_iscsifs.target.portals import Portal
 from orion_iscsifs.target.server import Running, serve
 from orion_iscsifs.target.settings import Chap, TargetConfig
 
@@ -27,9 +31,14 @@ __all__ = [
     "Faults",
     "FileDevice",
     "InlineDevice",
+    "LoginAct",
+    "LoginFault",
+    "LoginFaults",
+    "Portal",
     "RamDevice",
     "Running",
     "TargetConfig",
+    "When",
     "open_backing",
     "serve",
 ]

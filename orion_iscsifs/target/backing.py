@@ -14,6 +14,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, Protocol, Self, TypeVarTuple, runtime_checkable
 
 import trio
@@ -63,17 +64,17 @@ class _Listeners:
 
     def _replace_geometry(self, size_bytes: int) -> None:
         old = self.geometry
-        self.geometry = _geometry(size_bytes, old.logical_block_bytes, read_only=old.read_only)
+        self.geometry = replace(old, size_bytes=size_bytes)
         for listener in self._listeners:
             listener(self.geometry)
 
 
-def _geometry(size_bytes: int, block_bytes: int, *, read_only: bool) -> Geometry:
+def _geometry(size_bytes: int, block_bytes: int, physical: int, *, read_only: bool) -> Geometry:
     return Geometry(
         size_bytes=size_bytes,
         logical_block_bytes=block_bytes,
-        physical_block_bytes=max(_PAGE_BYTES, block_bytes),
-        discard_granularity_bytes=max(_PAGE_BYTES, block_bytes),
+        physical_block_bytes=max(physical, block_bytes),
+        discard_granularity_bytes=max(physical, block_bytes),
         read_only=read_only,
     )
 
@@ -81,8 +82,17 @@ def _geometry(size_bytes: int, block_bytes: int, *, read_only: bool) -> Geometry
 class RamDevice(_Listeners):
     """Memory that the kernel gives on first use: a large empty device costs nothing."""
 
-    def __init__(self, size_bytes: int, *, block_bytes: int = 512, read_only: bool = False) -> None:
-        super().__init__(_geometry(size_bytes, block_bytes, read_only=read_only))
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        block_bytes: int = 512,
+        physical_block_bytes: int = _PAGE_BYTES,
+        read_only: bool = False,
+    ) -> None:
+        super().__init__(
+            _geometry(size_bytes, block_bytes, physical_block_bytes, read_only=read_only)
+        )
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._map = mmap.mmap(-1, max(size_bytes, 1), flags=flags)
         self.view = memoryview(self._map)
@@ -132,12 +142,13 @@ class RamDevice(_Listeners):
         self.view[last : offset + length] = bytes(offset + length - last)
 
     def extent(self, offset: int) -> tuple[int, bool]:
-        """By content, a page at a time: zeroes count as a hole, for LBPRZ that is the same."""
+        """By content, block by block: zeroes count as a hole, for LBPRZ that is the same."""
+        step = self.geometry.physical_block_bytes
         end = min(self.geometry.size_bytes, offset + _EXTENT_BYTES_MAX)
-        stop = min(end, (offset // _PAGE_BYTES + 1) * _PAGE_BYTES)
+        stop = min(end, (offset // step + 1) * step)
         holds_data = not self._is_zero(offset, stop)
         while stop < end:
-            following = min(end, stop + _PAGE_BYTES)
+            following = min(end, stop + step)
             if self._is_zero(stop, following) == holds_data:
                 break
             stop = following
@@ -163,9 +174,17 @@ class FileDevice(_Listeners):
     """
 
     def __init__(
-        self, fd: int, size_bytes: int, *, block_bytes: int = 512, read_only: bool = False
+        self,
+        fd: int,
+        size_bytes: int,
+        *,
+        block_bytes: int = 512,
+        physical_block_bytes: int = _PAGE_BYTES,
+        read_only: bool = False,
     ) -> None:
-        super().__init__(_geometry(size_bytes, block_bytes, read_only=read_only))
+        super().__init__(
+            _geometry(size_bytes, block_bytes, physical_block_bytes, read_only=read_only)
+        )
         self._fd = fd
         self._no_wait = getattr(os, "RWF_NOWAIT", 0)
 
@@ -296,7 +315,12 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 def open_backing(
-    path: str, *, size_bytes: int | None = None, block_bytes: int = 512, read_only: bool = False
+    path: str,
+    *,
+    size_bytes: int | None = None,
+    block_bytes: int = 512,
+    physical_block_bytes: int = _PAGE_BYTES,
+    read_only: bool = False,
 ) -> FileDevice:
     """Open `path`, or create it sparse when `size_bytes` is given; raises UsageError or BusyError.
 
@@ -312,7 +336,13 @@ def open_backing(
     except BaseException:
         os.close(fd)
         raise
-    return FileDevice(fd, size, block_bytes=block_bytes, read_only=read_only)
+    return FileDevice(
+        fd,
+        size,
+        block_bytes=block_bytes,
+        physical_block_bytes=physical_block_bytes,
+        read_only=read_only,
+    )
 
 
 def _open_flags(size_bytes: int | None, *, read_only: bool) -> int:

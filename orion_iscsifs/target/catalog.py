@@ -1,7 +1,7 @@
 """Which SCSI commands there are: one table that dispatches them and reports them (SPC-4 §6.35)."""
 
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from orion_iscsifs.block.device import Buffer
@@ -48,6 +48,8 @@ def report_supported_operation_codes(_unit: LogicalUnit, cdb: bytes, _data: Buff
     return Outcome(data=data[: asked.allocation_length])
 
 
+_REPORTING_OPTIONS: Final = 2
+"""The byte of the CDB. Unless the sense names it, initiators take the whole command as unknown."""
 _NO_TIMEOUTS: Final = b"\x00\x0a" + bytes(10)
 """A command timeouts descriptor (SPC-4 §6.35.4) that names none."""
 
@@ -68,7 +70,7 @@ def _one(asked: cdbs.ReportSupportedOperationCodes) -> bytes:
     command = COMMANDS.get(asked.opcode)
     actions = command.service_actions if command is not None else ()
     if command is not None and asked.options == (1 if actions else 2):
-        raise Refused(sense.INVALID_FIELD_IN_CDB)
+        raise Refused(replace(sense.INVALID_FIELD_IN_CDB, cdb_field=_REPORTING_OPTIONS))
     if command is None or (actions and asked.service_action not in actions):
         return bytes((0, 1, 0, 0))
     usage = bytes((asked.opcode,)) + bytes.fromhex(command.usage)[1:]
@@ -125,6 +127,7 @@ COMMANDS: Final[dict[int, Command]] = {
         writes=True,
         exact=True,
     ),
+    OpCode.ORWRITE_16: Command(commands.or_write, _16, commands.write_length, writes=True),
     OpCode.WRITE_16: Command(commands.write, _16, commands.write_length, writes=True),
     OpCode.WRITE_AND_VERIFY_16: Command(
         commands.write_and_verify,

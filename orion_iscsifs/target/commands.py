@@ -216,6 +216,33 @@ async def _compare_and_write(
     return GOOD
 
 
+def or_write(unit: LogicalUnit, cdb: bytes, data: Buffer) -> Result:
+    """ORWRITE(16): what is there, with the bits of `data` set. Offered on inline devices only."""
+    if unit.inline is None:
+        raise Refused(sense.INVALID_OPCODE)
+    transfer = cdbs.transfer(cdb)
+    offset = _in_range(unit, transfer)
+    _writable(unit)
+    if len(data) != _transfer_bytes(unit, transfer):
+        raise Refused(sense.INVALID_FIELD_IN_CDB)
+    return _or_write(unit, offset, data, fua=transfer.fua)
+
+
+async def _or_write(unit: LogicalUnit, offset: int, data: Buffer, *, fua: bool) -> Outcome:
+    """Atomic because nothing awaits between reading and writing."""
+    inline = unit.inline
+    assert inline is not None
+    found = bytearray(len(data))
+    while not inline.read_now(offset, memoryview(found)):
+        await unit.device.read_into(offset, memoryview(found))
+    merged = int.from_bytes(found, "big") | int.from_bytes(data, "big")
+    if not inline.write_now(offset, merged.to_bytes(len(data), "big")):
+        return check_condition(sense.WRITE_ERROR)
+    if fua:
+        await unit.device.flush()
+    return GOOD
+
+
 # -- zeroes and patterns ---------------------------------------------------------------------------
 
 

@@ -59,6 +59,15 @@ class Connection:
         framer.data_segment_length_max = segment_bytes_max
         self._sink = sink
 
+    @property
+    def segment_bytes_max(self) -> int:
+        """What we declared as MaxRecvDataSegmentLength; a text exchange may declare another."""
+        return self._framer.data_segment_length_max
+
+    @segment_bytes_max.setter
+    def segment_bytes_max(self, value: int) -> None:
+        self._framer.data_segment_length_max = value
+
     def _place(self, pdu: Pdu, length: int) -> memoryview | None:
         return self._sink(pdu, length) if self._sink is not None else None
 

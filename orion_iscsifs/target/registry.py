@@ -12,7 +12,6 @@ from orion_iscsifs.target.unit import Units
 if TYPE_CHECKING:
     from orion_iscsifs.target.session import Session
 
-PORTAL_GROUP_TAG = 1
 _TSIH_MAX = 0xFFFF
 
 
@@ -35,14 +34,14 @@ class Stats:
 
 
 class Target:
-    """One target node and its sessions, by initiator name and ISID (RFC 7143 §4.4.3)."""
+    """One target node and its sessions, by initiator name, ISID and portal group (§4.4.3)."""
 
     def __init__(self, config: TargetConfig, limits: Limits, stats: Stats) -> None:
         self.config = config
         self.limits = limits
         self.faults = config.faults
         self.units = Units(config.iqn, config.units, limits.transfer_bytes_max)
-        self.sessions: dict[tuple[str, bytes], Session] = {}
+        self.sessions: dict[tuple[str, bytes, int], Session] = {}
         self.stats = stats
 
     @property

@@ -1,6 +1,5 @@
 """Portals and the life of the whole target."""
 
-import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -10,43 +9,57 @@ from typing import Final
 
 import trio
 
-from orion_iscsifs.errors import BusyError, OrionError, UsageError
+from orion_iscsifs.errors import OrionError
+from orion_iscsifs.protocol.keys import DISCOVERY
+from orion_iscsifs.protocol.login import TargetLogin
 from orion_iscsifs.protocol.text import Pair
 from orion_iscsifs.target.connection import Connection
 from orion_iscsifs.target.login import Door
-from orion_iscsifs.target.registry import PORTAL_GROUP_TAG, Registry, Stats, Target
+from orion_iscsifs.target.login_faults import LoginFaults
+from orion_iscsifs.target.portals import (
+    Address,
+    Advertise,
+    Portal,
+    bracketed,
+    listen,
+    target_addresses,
+)
+from orion_iscsifs.target.registry import Registry, Stats, Target
 from orion_iscsifs.target.session import Session
 from orion_iscsifs.target.settings import Limits, TargetConfig
 
-Address = tuple[str, int]
-
 _log = logging.getLogger(__name__)
-_BACKLOG: Final = 128
 _CONNECTIONS_MAX: Final = 256
 _ACCEPT_PAUSE_S: Final = 0.1
-_WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised here, not bound
 
 
 class Running:
     """A server in operation: what tests look at and turn.
 
-    `portals` are the addresses really bound. `stop` and `start` play a target that goes away and
-    comes back at the same addresses with the same disks.
+    `portals` are the addresses really bound, `portal_groups` the groups that they are in.
+    `advertise`, when it is not None, is what SendTargets lists instead of them. `stop` and `start`
+    play a target that goes away and comes back at the same addresses with the same disks.
     """
 
     def __init__(
         self,
         targets: Sequence[TargetConfig],
-        portals: Sequence[Address],
+        portals: Sequence[Portal | Address],
         limits: Limits,
         nursery: trio.Nursery,
+        advertise: Advertise | None = None,
     ) -> None:
+        found = [Portal.of(portal) for portal in portals]
         self.limits = limits
         self.stats = Stats()
         self.targets = [Target(config, limits, self.stats) for config in targets]
-        self.portals: list[Address] = list(portals)
+        self.portals: list[Address] = [(portal.host, portal.port) for portal in found]
+        self.portal_groups = [portal.group for portal in found]
+        self.advertise = advertise
+        self.discovery_faults = LoginFaults()
+        """What discovery logins meet; those of a target are in its `TargetConfig`."""
         self._registry = Registry(self.targets)
-        self._door = Door(self._registry, limits, self.stats)
+        self._door = Door(self._registry, limits, self.stats, self.discovery_faults)
         self._nursery = nursery
         self._listeners: list[socket.socket] = []
         self._connections: set[Connection] = set()
@@ -62,7 +75,7 @@ class Running:
 
     def url(self, lun: int | None = None, *, target: int = 0) -> str:
         host, port = self.portals[0]
-        base = f"iscsi://{_bracketed(host)}:{port}/{self.targets[target].iqn}"
+        base = f"iscsi://{bracketed(host)}:{port}/{self.targets[target].iqn}"
         return base if lun is None else f"{base}/{lun}"
 
     def drop_connections(self) -> None:
@@ -84,11 +97,12 @@ class Running:
     async def start(self) -> None:
         """Open the portals (again); raises UsageError for an address that can't be bound."""
         for index, address in enumerate(self.portals):
-            listener = await _listen(address)
+            group = self.portal_groups[index]
+            listener = await listen(Portal(*address, group))
             self._listeners.append(listener)
             # Port 0 has become a real one: a restart binds the same.
             self.portals[index] = listener.getsockname()[:2]
-            self._nursery.start_soon(self._accept, listener)
+            self._nursery.start_soon(self._accept, listener, group)
 
     async def restart(self) -> None:
         await self.stop()
@@ -96,7 +110,7 @@ class Running:
 
     # -- connections --------------------------------------------------------------------------
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self, listener: socket.socket, group: int) -> None:
         while True:
             try:
                 await trio.lowlevel.wait_readable(listener)
@@ -115,9 +129,9 @@ class Running:
             if len(self._connections) >= _CONNECTIONS_MAX:
                 sock.close()
                 continue
-            self._nursery.start_soon(self._serve, sock)
+            self._nursery.start_soon(self._serve, sock, group)
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, group: int) -> None:
         try:
             connection = Connection(sock)
         except OSError:
@@ -126,7 +140,8 @@ class Running:
         self._connections.add(connection)
         self._idle = trio.Event() if self._idle.is_set() else self._idle
         try:
-            session = await self._door.log_in(connection, partial(self._directory, connection))
+            directory = partial(self._directory, connection)
+            session = await self._door.log_in(connection, directory, portal_group_tag=group)
             if session is not None:
                 await session.run()
         except OrionError as error:
@@ -140,71 +155,51 @@ class Running:
             if not self._connections:
                 self._idle.set()
 
-    def _directory(self, connection: Connection, wanted: str) -> list[Pair]:
-        """The answer to SendTargets (RFC 7143 Appendix C)."""
+    def _directory(
+        self, connection: Connection, login: TargetLogin, wanted: str
+    ) -> list[Pair] | None:
+        """The answer to SendTargets (RFC 7143 Appendix C); None: not to be asked like this.
+
+        A normal session hears of its own target only, and of that by name or by no name.
+        """
+        if login.session_type == DISCOVERY:
+            names = [target.iqn for target in self.targets]
+            wanted_all, refused = wanted == "All", not wanted
+        else:
+            names = [login.target_name or ""]
+            wanted_all, refused = not wanted, wanted == "All"
+        if refused:
+            return None
+        portals = [Portal(*a, g) for a, g in zip(self.portals, self.portal_groups, strict=True)]
         pairs: list[Pair] = []
         for target in self.targets:
-            if wanted in {"All", target.iqn} or (not wanted and self._is_of(connection, target)):
-                pairs.append(("TargetName", target.iqn))
-                pairs += [
-                    ("TargetAddress", f"{_seen_from(connection, address)},{PORTAL_GROUP_TAG}")
-                    for address in self.portals
-                ]
+            iqn = target.iqn
+            if iqn not in names or not (wanted_all or wanted == iqn):
+                continue
+            if not target.config.admits(login.initiator_name):
+                continue
+            pairs.append(("TargetName", iqn))
+            addresses = target_addresses(portals, self.advertise, iqn, connection.local)
+            pairs += [("TargetAddress", address) for address in addresses]
         return pairs
-
-    def _is_of(self, connection: Connection, target: Target) -> bool:
-        return any(session.connection is connection for session in target.sessions.values())
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _seen_from(connection: Connection, address: Address) -> str:
-    """A portal bound to every address is reachable at the one that this initiator used."""
-    host, port = address
-    return f"{_bracketed(connection.local[0] if host in _WILDCARDS else host)}:{port}"
-
-
-async def _listen(address: Address) -> socket.socket:
-    host, port = address
-    try:
-        found = await trio.socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, where = found[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setblocking(False)
-            listener.bind(where)
-            listener.listen(_BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        what = f"portal {_bracketed(host)}:{port}: {error.strerror}"
-        if error.errno == errno.EADDRINUSE:
-            advice = "another program listens there: stop it, or choose another port"
-            raise BusyError(what, advice=advice) from error
-        raise UsageError(what, advice="give an address of this host") from error
-    return listener
 
 
 @asynccontextmanager
 async def serve(
     targets: Sequence[TargetConfig],
-    portals: Sequence[Address] = (("127.0.0.1", 0),),
+    portals: Sequence[Portal | Address] = (("127.0.0.1", 0),),
     *,
     limits: Limits | None = None,
+    advertise: Advertise | None = None,
 ) -> AsyncIterator[Running]:
     """Serve `targets` at `portals` while the block runs; port 0 picks a free one.
 
-    The devices stay the caller's: close them after this.
+    A plain address is in portal group 1; `Portal` says another. `advertise` is what SendTargets
+    lists instead of the portals. The devices stay the caller's: close them after this.
     """
     try:
         async with trio.open_nursery() as nursery:
-            running = Running(targets, portals, limits or Limits(), nursery)
+            running = Running(targets, portals, limits or Limits(), nursery, advertise)
             try:
                 await running.start()
                 yield running

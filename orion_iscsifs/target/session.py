@@ -52,7 +52,7 @@ from orion_iscsifs.target.mischief import misbehave
 from orion_iscsifs.target.registry import Stats, Target
 from orion_iscsifs.target.settings import Limits
 from orion_iscsifs.target.tasks import Task
-from orion_iscsifs.target.texts import Directory, TextExchange
+from orion_iscsifs.target.texts import Directory, Texts
 from orion_iscsifs.target.unit import Outcome, Units, check_condition
 
 _IMMEDIATE_MAX: Final = 32
@@ -95,7 +95,10 @@ class Session:
         self.initiator_name = login.initiator_name
         self.isid = login.isid
         self.tsih = login.tsih
-        self.nexus = (login.initiator_name, login.isid)
+        self.portal_group_tag = login.parameters.target_portal_group_tag or 0
+        # A name, an ISID and a portal group are one nexus (RFC 7143 §6.3.1): the same name and
+        # ISID at another group are another session.
+        self.nexus = (login.initiator_name, login.isid, self.portal_group_tag)
         self.stats = stats
         self.tasks: dict[int, Task] = {}
         self.exp_cmd_sn = login.cmd_sn
@@ -106,7 +109,7 @@ class Session:
         self._attentions = {number: [POWER_ON] for number in self.units.by_number}
         self._frozen_window: int | None = None
         """Commands that ended while a fault keeps MaxCmdSN where it is."""
-        self._texts = TextExchange(directory, login.parameters.max_send_data_segment_length)
+        self.texts = Texts(connection, directory, login.parameters)
         self._next_tag = 0
         self._placed: Pdu | None = None
         """The Data-Out whose data segment the framer puts straight into its task's buffer."""
@@ -273,7 +276,7 @@ class Session:
             case TaskManagementRequest():
                 manage(self, pdu)
             case TextRequest():
-                self._send_status(self._texts.receive(pdu))
+                self._text(pdu)
             case LogoutRequest():
                 self._logout(pdu)
         if not pdu.immediate:
@@ -411,6 +414,14 @@ class Session:
             return
         data = memoryview(pdu.data)[: self.parameters.max_send_data_segment_length]
         self._send_status(NopIn(pdu.initiator_task_tag, lun=pdu.lun, data=data))
+
+    def _text(self, pdu: TextRequest) -> None:
+        response = self.texts.receive(pdu)
+        if response is None:
+            self.reject(pdu, RejectReason.PROTOCOL_ERROR)
+        else:
+            self._send_status(response)
+            self.parameters = self.texts.parameters
 
     def _logout(self, pdu: LogoutRequest) -> None:
         response = LogoutResponseCode.CLOSED

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import Secret
 from orion_iscsifs.target.faults import Faults
+from orion_iscsifs.target.login_faults import LoginFaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,22 @@ class Limits:
     login_timeout_s: float = 15.0
     ping_interval_s: float = 30.0
     """An idle connection is pinged; silence for as long again closes it."""
+    max_connections: int = 1
+    """Connections of one session (MC/S)."""
+    error_recovery_level: int = 0
+    default_time2wait: int = 0
+    default_time2retain: int = 20
+    """How long tasks and sessions outlive their connections (RFC 7143 §7.5)."""
+    recovery_r2ts: bool = True
+    """ErrorRecoveryLevel 1: ask again for lost Data-Out; otherwise fail the write (§7.8)."""
+    sequence_timeout_s: float = 3.0
+    """ErrorRecoveryLevel 1: a sequence of Data-Out that stands still so long is asked for again."""
+    abort_wait_s: float = 3.0
+    """Longest wait for what a task management function has to wait for (§4.2.3.3)."""
+    write_buffer_bytes_max: int = 256 << 20
+    """Of one session; a write beyond it is answered TASK SET FULL."""
+    retained_bytes_max: int = 64 << 20
+    """Of one session, answers kept to be sent again (ErrorRecoveryLevel 1 and 2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +65,9 @@ class TargetConfig:
     units: Mapping[int, BlockDevice]
     chap: Chap | None = None
     faults: Faults = field(default_factory=Faults)
+    login_faults: LoginFaults = field(default_factory=LoginFaults)
+    initiators: frozenset[str] | None = None
+    """Names of the initiators that may log in; None: any."""
+
+    def admits(self, initiator_name: str) -> bool:
+        return self.initiators is None or initiator_name in self.initiators

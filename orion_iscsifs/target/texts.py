@@ -1,64 +1,44 @@
-"""Text Requests in full feature phase: SendTargets and nothing else (RFC 7143 §11.10, App. C).
+"""Text Requests in full feature phase: SendTargets, and keys that may change there (RFC 7143 §6.4).
 
-Pure. A long answer is cut into segments; the initiator fetches each with an empty request.
+What the keys mean is `protocol.text_negotiation`'s business. Here an exchange meets its connection:
+what is declared counts for this connection only, from the end of the exchange on.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Sequence
 
 from orion_iscsifs.errors import ProtocolViolation
-from orion_iscsifs.protocol.keys import KEYS, NOT_UNDERSTOOD, REJECT
-from orion_iscsifs.protocol.pdu import NO_TAG, TextRequest, TextResponse
-from orion_iscsifs.protocol.text import Pair, TextReader, encode_text, split_text
+from orion_iscsifs.protocol.keys import Parameters
+from orion_iscsifs.protocol.pdu import TextRequest, TextResponse
+from orion_iscsifs.protocol.text import Pair
+from orion_iscsifs.protocol.text_negotiation import Directory, TextResponder
+from orion_iscsifs.target.connection import Connection
 
-_OUR_TAG: Final = 1
-"""One exchange at a time, so one Target Transfer Tag will do."""
-
-Directory = Callable[[str], Sequence[Pair]]
-"""Answers SendTargets: `All`, a target's name, or empty for the session's own target."""
+__all__ = ["Directory", "Texts"]
 
 
-class TextExchange:
-    """The text negotiation of one connection; a new request without a tag begins it anew."""
+class Texts:
+    """The text exchanges of one connection, one at a time (RFC 7143 §11.10)."""
 
-    def __init__(self, directory: Directory, segment_bytes_max: int) -> None:
-        self._directory = directory
-        self._segment_bytes_max = segment_bytes_max
-        self._reader = TextReader(TextRequest.name)
-        self._segments: list[bytes] = []
+    def __init__(
+        self, connection: Connection, directory: Directory, parameters: Parameters
+    ) -> None:
+        self._connection = connection
+        self._responder = TextResponder(directory, parameters)
 
-    def receive(self, request: TextRequest) -> TextResponse:
-        """Raises ProtocolViolation for text that is none."""
-        if request.target_transfer_tag == NO_TAG:
-            self._reader = TextReader(TextRequest.name)
-            self._segments = []
-        elif request.target_transfer_tag != _OUR_TAG:
-            raise ProtocolViolation(request.name, "an unknown Target Transfer Tag", section="11.10")
-        self._reader.feed(request.data)
-        if request.continued:
-            return self._response(request, b"", final=False, continued=False)
-        pairs = self._reader.finish()
-        if pairs or not self._segments:
-            text = encode_text([answer for pair in pairs for answer in self._answer(*pair)])
-            self._segments = split_text(text, self._segment_bytes_max)
-        segment = self._segments.pop(0)
-        more = bool(self._segments)
-        # F=1 only answers F=1: the initiator may have more to ask (§11.11.1).
-        return self._response(request, segment, final=request.final and not more, continued=more)
+    @property
+    def parameters(self) -> Parameters:
+        """The connection's: they follow each exchange that ends well."""
+        return self._responder.parameters
 
-    def _answer(self, key: str, value: str) -> Sequence[Pair]:
-        if key == "SendTargets":
-            return self._directory(value)
-        return [(key, REJECT if key in KEYS else NOT_UNDERSTOOD)]
+    def propose(self, pairs: Sequence[Pair]) -> None:
+        """What to declare in the next exchange; Async Message 4 asks the initiator for one."""
+        self._responder.propose(pairs)
 
-    def _response(
-        self, request: TextRequest, data: bytes, *, final: bool, continued: bool
-    ) -> TextResponse:
-        return TextResponse(
-            initiator_task_tag=request.initiator_task_tag,
-            final=final,
-            continued=continued,
-            lun=request.lun,
-            target_transfer_tag=NO_TAG if final else _OUR_TAG,
-            data=data,
-        )
+    def receive(self, request: TextRequest) -> TextResponse | None:
+        """The response; None: the negotiation is void, the answer is a Reject (§6.4)."""
+        try:
+            response = self._responder.receive(request)
+        except ProtocolViolation:
+            return None
+        self._connection.segment_bytes_max = self.parameters.max_recv_data_segment_length
+        return response

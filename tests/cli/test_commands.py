@@ -36,7 +36,6 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["umount", "--timeout", "soon", "/x"], 2, "'soon' is not a valid float"),
         (["mount", "host/iqn", "/x"], 2, "this is not a URL"),
         (["host/iqn", "/x"], 2, "this is not a URL"),
-        (["mount", "iscsis://h/", "/x"], 2, "TLS is not in this version"),
         (["mount", URL, "/x", "-o", "cahce=none"], 2, "did you mean cache?"),
         (["mount", URL + "?tier_dir=/x", "/x"], 2, "not in this version"),
         ([URL, "/x", "-o", "chap_user=u"], 2, "the secret is missing"),

@@ -18,6 +18,7 @@ from orion_iscsifs.protocol.framing import Framer, encode
 from orion_iscsifs.protocol.login import Offer, TargetAccess, TargetLogin
 from orion_iscsifs.protocol.pdu import (
     LoginRequest,
+    LoginResponse,
     LogoutRequest,
     LogoutResponse,
     NopIn,
@@ -42,6 +43,7 @@ OFFER = Offer(
     max_burst_length=16384,
     first_burst_length=8192,
     max_outstanding_r2t=4,
+    default_time2wait=0,
 )
 _P = TypeVar("_P", bound=Pdu)
 
@@ -69,25 +71,33 @@ class PlayedConnection:
             random_bytes=os.urandom,
             assign_tsih=lambda _login: 7,
         )
-        self.max_cmd_sn = self.exp_cmd_sn + window - 1
         while not login.done:
             request = await self.expect(LoginRequest)
-            self.login_request = self.login_request or request
+            if self.login_request is None:
+                self.login_request = request
+                # ExpCmdSN of a new session starts at the CmdSN of its first Login Request.
+                self.exp_cmd_sn = request.cmd_sn
+                self.max_cmd_sn = (request.cmd_sn + window - 1) & 0xFFFF_FFFF
             await self.reply(login.receive(request))
         self.wire.framer.header_digest = login.parameters.header_digest
         self.wire.framer.data_digest = login.parameters.data_digest
         return self
 
-    async def expect(self, kind: type[_P]) -> _P:
-        """The next PDU, which is of this kind."""
+    async def next(self) -> Pdu:
+        """The next PDU, of whatever kind."""
         with trio.fail_after(5):
             while not self.received:
                 self.received += await self.wire.receive()
         pdu = self.received.pop(0)
-        assert isinstance(pdu, kind), f"{pdu} where a {kind.name} was due"
         if not getattr(pdu, "immediate", True):
             self.exp_cmd_sn = (self.exp_cmd_sn + 1) & 0xFFFF_FFFF
             self.max_cmd_sn = (self.max_cmd_sn + 1) & 0xFFFF_FFFF
+        return pdu
+
+    async def expect(self, kind: type[_P]) -> _P:
+        """The next PDU, which is of this kind."""
+        pdu = await self.next()
+        assert isinstance(pdu, kind), f"{pdu} where a {kind.name} was due"
         return pdu
 
     async def nothing(self, seconds: float = 0.05) -> None:
@@ -113,6 +123,19 @@ class PlayedConnection:
     async def open_window(self, commands: int) -> None:
         self.max_cmd_sn = (self.exp_cmd_sn + commands - 1) & 0xFFFF_FFFF
         await self.reply(NopIn(), advance=False)
+
+    async def refuse_login(self, status: int, text: bytes = b"") -> LoginRequest:
+        """Answer the next Login Request with Status-Class and -Detail, and hang up.
+
+        The sequence numbers of such a response mean nothing (RFC 7143 §11.13.4), so they are wild.
+        """
+        request = await self.expect(LoginRequest)
+        response = LoginResponse(request.isid, request.initiator_task_tag, data=text)
+        response.status_class, response.status_detail = status >> 8, status & 0xFF
+        response.stat_sn, response.exp_cmd_sn, response.max_cmd_sn = 0xABCDEF, 0x77777777, 0x10
+        await self.send(response)
+        self.cut()
+        return request
 
     async def serve_logout(self) -> None:
         while not self.received or not isinstance(self.received[0], LogoutRequest):
@@ -175,9 +198,17 @@ class Running:
 
 @asynccontextmanager
 async def played_session(
-    offer: Offer = OFFER, *, window: int = 32, logout: bool = True, **changes: Any
+    offer: Offer = OFFER,
+    *,
+    window: int = 32,
+    logout: bool = True,
+    stat_sn: int = 0,
+    **changes: Any,
 ) -> AsyncIterator[tuple[Session, PlayedConnection, PlayedTarget]]:
-    """A session that is logged in to a played target; the end of the body logs out."""
+    """A session that is logged in to a played target; the end of the body logs out.
+
+    `stat_sn` is that of the first Login Response.
+    """
     target = PlayedTarget()
     config = SessionConfig(**{**_fields(CONFIG), **changes})
     nexus = Nexus(target_name=TARGET, isid=ISID, config=config)
@@ -187,6 +218,7 @@ async def played_session(
 
             async def accept() -> None:
                 connection = await target.accept()
+                connection.stat_sn = stat_sn
                 accepted.append(await connection.login(offer, window))
 
             nursery.start_soon(accept)

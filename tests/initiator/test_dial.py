@@ -123,6 +123,7 @@ async def test_a_pdu_of_the_full_feature_phase_has_no_place_in_the_login() -> No
         (0x0202, LoginError, "not allowed|authoriz"),
     ],
 )
+@pytest.mark.checklist(39, "11.13.5")
 async def test_a_refused_login_says_why(status: int, kind: type[LoginError], words: str) -> None:
     async def refuse(peer: PlayedConnection) -> None:
         request = await peer.expect(LoginRequest)
@@ -135,6 +136,7 @@ async def test_a_refused_login_says_why(status: int, kind: type[LoginError], wor
     assert (caught.value.status_class, caught.value.status_detail) == (2, status & 0xFF)
 
 
+@pytest.mark.checklist(43, "9.2")
 async def test_a_target_that_skips_authentication_is_refused() -> None:
     """Checklist 43: with credentials set the initiator fails closed (RFC 7143 §9.2)."""
     secret = Secret("not-shown-anywhere")

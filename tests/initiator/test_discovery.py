@@ -23,6 +23,8 @@ from orion_iscsifs.protocol.pdu import (
 from tests.initiator.peer import CONFIG, ISID, PlayedTarget
 
 
+@pytest.mark.checklist(28, "6.2")
+@pytest.mark.checklist(56, "11.10")
 async def test_a_long_answer_comes_in_parts_and_pings_are_answered_meanwhile() -> None:
     """Checklist 28 and 56: the tag is copied, an empty request asks for the rest."""
     target = PlayedTarget()

@@ -23,6 +23,7 @@ def test_a_generated_name_is_kept(tmp_path: Path) -> None:
     assert load_initiator_name(tmp_path / "other", missing) != first
 
 
+@pytest.mark.checklist(36, "11.12.5")
 def test_isid_is_of_the_random_format_and_the_same_after_a_restart(tmp_path: Path) -> None:
     """Checklist 36, RFC 7143 §11.12.5: T = 10b in the top bits."""
     with hold_isid(tmp_path, "iqn.a") as first:
@@ -32,6 +33,7 @@ def test_isid_is_of_the_random_format_and_the_same_after_a_restart(tmp_path: Pat
         assert again == first
 
 
+@pytest.mark.checklist(36, "4.4.3")
 def test_live_sessions_to_one_target_differ_in_their_isid(tmp_path: Path) -> None:
     """The ISID rule (RFC 7143 §4.4.3); another target may see the same one (§10.1.1)."""
     with hold_isid(tmp_path, "iqn.a") as first, hold_isid(tmp_path, "iqn.a") as second:

@@ -216,6 +216,7 @@ async def test_a_long_request_is_split() -> None:
         Status.TASK_SET_FULL,
     ],
 )
+@pytest.mark.checklist(25, "11.4.7.2")
 async def test_passing_conditions_are_retried(answer: Answer) -> None:
     """Checklist 25 among them: 0B/47/05 is the path's fault."""
     disk = Disk()

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from orion_iscsifs.errors import ConnectionLost, ProtocolViolation
-from orion_iscsifs.initiator import session as session_module
+from orion_iscsifs.initiator import supervisor as supervisor_module
 from orion_iscsifs.initiator.connection import CommandTimedOut
 from orion_iscsifs.initiator.dial import Nexus
 from orion_iscsifs.initiator.inbound import Inbound
@@ -131,7 +131,7 @@ async def test_nothing_is_sent_from_a_buffer_that_was_handed_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A logout that times out fails the writes in flight while the socket is full of them."""
-    monkeypatch.setattr(session_module, "_LOGOUT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(supervisor_module, "_LOGOUT_TIMEOUT_S", 0.1)
     data = bytearray(32 << 20)
     async with played_session(logout=False) as (session, peer, _):
         failed = trio.Event()
@@ -151,7 +151,7 @@ async def test_nothing_is_sent_from_a_buffer_that_was_handed_back(
                 offset = 16384 * index
                 await peer.reply(R2T(LUN, tag, 1 + index, index, offset, 16384), advance=False)
             await trio.sleep(0.1)
-            await session.logout()
+            await session.supervisor.logout()
             await failed.wait()
         got = bytearray()
         while True:

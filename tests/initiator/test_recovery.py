@@ -15,7 +15,6 @@ from orion_iscsifs.protocol.pdu import (
     DataIn,
     LoginRequest,
     NopOut,
-    Reject,
     ScsiCommand,
     ScsiResponse,
 )
@@ -33,6 +32,7 @@ from tests.initiator.peer import (
 )
 
 
+@pytest.mark.checklist(36, "6.3.5")
 async def test_commands_in_flight_are_issued_again_after_reinstatement() -> None:
     """Checklist 36: the same ISID with TSIH 0; new commands under a fresh CmdSN, in order."""
     async with played_session() as (session, peer, target), trio.open_nursery() as nursery:
@@ -87,10 +87,6 @@ async def unknown_tag(peer: PlayedConnection, command: ScsiCommand) -> None:
     await peer.reply(ScsiResponse(command.initiator_task_tag + 1))
 
 
-async def rejected(peer: PlayedConnection, command: ScsiCommand) -> None:
-    await peer.reply(Reject(0x04, data=command.pack(0, 0)))
-
-
 async def stray_login(peer: PlayedConnection, _command: ScsiCommand) -> None:
     await peer.send(LoginRequest(ISID, 0))
 
@@ -111,15 +107,16 @@ def asynchronous(event: int) -> Callable[[PlayedConnection, ScsiCommand], Awaita
     [
         pytest.param(stat_sn_gap, id="StatSN gap (checklist 6)"),
         pytest.param(unknown_tag, id="unknown ITT (checklist 8)"),
-        pytest.param(rejected, id="Reject"),
         pytest.param(stray_login, id="a PDU of the other role"),
         pytest.param(garbage, id="garbage"),
         *(
             pytest.param(asynchronous(event), id=f"async event {event}")
-            for event in (1, 2, 3, 4, 5)
+            for event in (2, 3, 5)
         ),
     ],
 )
+@pytest.mark.checklist(6, "4.2.2.2")
+@pytest.mark.checklist(8, "11.2.1.8")
 async def test_a_broken_connection_is_replaced_and_the_command_done(
     misbehave: Callable[[PlayedConnection, ScsiCommand], Awaitable[None]],
 ) -> None:
@@ -133,6 +130,7 @@ async def test_a_broken_connection_is_replaced_and_the_command_done(
 
 
 @pytest.mark.parametrize("event", [0, 255])
+@pytest.mark.checklist(50, "11.9.1")
 async def test_scsi_and_vendor_events_change_nothing(event: int) -> None:
     """Checklist 50; they use up a StatSN (checklist 5)."""
     async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
@@ -143,6 +141,7 @@ async def test_scsi_and_vendor_events_change_nothing(event: int) -> None:
         assert session.counters.connections_lost == 0
 
 
+@pytest.mark.checklist(6, "4.2.2.2")
 async def test_a_duplicate_status_is_dropped() -> None:
     """Checklist 6."""
     async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
@@ -251,8 +250,8 @@ async def test_a_command_that_is_never_answered_fails_in_the_end() -> None:
         async def answers_writes_only(connection: PlayedConnection) -> None:
             with suppress(ConnectionLost):
                 while True:
-                    command = await connection.expect(ScsiCommand)
-                    if command.write:
+                    command = await connection.next()  # or task management, which fails too
+                    if isinstance(command, ScsiCommand) and command.write:
                         await connection.reply(ScsiResponse(command.initiator_task_tag))
 
         async def logins() -> None:

@@ -30,6 +30,8 @@ async def good(session: Session) -> None:
     assert task.status == 0
 
 
+@pytest.mark.checklist(10, "11.3.1")
+@pytest.mark.checklist(20, "11.7.3")
 async def test_a_read_lands_in_the_callers_buffer() -> None:
     async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
         buffer = bytearray(10)
@@ -49,6 +51,7 @@ async def test_a_read_lands_in_the_callers_buffer() -> None:
         assert (task.status, task.residual_bytes) == (0, 0)
 
 
+@pytest.mark.checklist(5, "4.2.2.2")
 async def test_stat_sn_of_every_kind_of_pdu() -> None:
     """Checklist 5: R2T, NOP-In with ITT ffffffff and Data-In without S use up no StatSN."""
     async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
@@ -80,6 +83,7 @@ async def test_stat_sn_of_every_kind_of_pdu() -> None:
         await peer.reply(ScsiResponse(command.initiator_task_tag))
 
 
+@pytest.mark.checklist(48, "11.18")
 async def test_a_ping_of_the_target_is_answered_with_its_tag_and_lun() -> None:
     """Checklist 48."""
     async with played_session() as (_, peer, _target):
@@ -92,6 +96,8 @@ async def test_a_ping_of_the_target_is_answered_with_its_tag_and_lun() -> None:
         await peer.nothing()
 
 
+@pytest.mark.checklist(4, "4.2.2.1")
+@pytest.mark.checklist(49, "11.18")
 async def test_an_idle_target_is_pinged_and_the_answer_taken() -> None:
     """Checklist 49: the ping is immediate and carries the next CmdSN without using it up."""
     async with played_session(noop_interval_s=0.05, noop_timeout_s=5) as (session, peer, _):
@@ -112,6 +118,7 @@ async def test_an_idle_target_is_pinged_and_the_answer_taken() -> None:
             await peer.reply(ScsiResponse(command.initiator_task_tag))
 
 
+@pytest.mark.checklist(2, "4.2.2.1")
 async def test_commands_go_out_in_cmd_sn_order_and_never_beyond_the_window() -> None:
     """Checklist 2: three slots, then a closed window, then two more."""
     async with played_session(window=3) as (session, peer, _), trio.open_nursery() as nursery:
@@ -151,6 +158,9 @@ async def test_queue_depth_bounds_the_commands_in_flight() -> None:
 
 @pytest.mark.parametrize("initial_r2t", [False, True])
 @pytest.mark.parametrize("immediate_data", [False, True])
+@pytest.mark.checklist(10, "11.3.1")
+@pytest.mark.checklist(12, "13.11")
+@pytest.mark.checklist(17, "11.8")
 async def test_a_write_in_all_four_combinations(initial_r2t: bool, immediate_data: bool) -> None:
     """Checklist 10 to 12 and 17: every byte arrives once, as negotiated."""
     data = bytes(position % 253 for position in range(30000))
@@ -191,6 +201,7 @@ async def test_a_write_in_all_four_combinations(initial_r2t: bool, immediate_dat
     assert got == data
 
 
+@pytest.mark.checklist(18, "11.8")
 async def test_several_r2ts_are_served_in_the_order_of_their_arrival() -> None:
     """Checklist 18."""
     data = bytes(position % 253 for position in range(24000))
@@ -215,6 +226,7 @@ async def test_several_r2ts_are_served_in_the_order_of_their_arrival() -> None:
 
 
 @pytest.mark.parametrize("digest", [DigestPreference.CRC32C, DigestPreference.PREFER_CRC32C])
+@pytest.mark.checklist(44, "11.2.3")
 async def test_digests_cover_both_directions(digest: DigestPreference) -> None:
     offered = offer(header_digest=("None", "CRC32C"), data_digest=("None", "CRC32C"))
     async with (
@@ -237,6 +249,7 @@ async def test_digests_cover_both_directions(digest: DigestPreference) -> None:
         assert bytes(buffer) == b"hello"
 
 
+@pytest.mark.checklist(24, "11.4.7")
 async def test_check_condition_brings_its_sense() -> None:
     """Checklist 24: SenseLength is believed only as far as the segment reaches."""
     async with played_session() as (session, peer, _):
@@ -257,6 +270,7 @@ async def test_check_condition_brings_its_sense() -> None:
             assert task.sense == sense[:expected]
 
 
+@pytest.mark.checklist(22, "11.4.3")
 async def test_a_failed_service_response_is_no_success() -> None:
     """Checklist 22: with Response other than 0, status 0 means nothing (§11.4.3)."""
     async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
@@ -278,6 +292,7 @@ async def test_a_failed_service_response_is_no_success() -> None:
         (ScsiResponse(0, residual_count=4), 0),
     ],
 )
+@pytest.mark.checklist(23, "11.4.5")
 async def test_the_residual_counts_only_with_its_bit(response: ScsiResponse, residual: int) -> None:
     """Checklist 23."""
     async with played_session() as (session, peer, _):

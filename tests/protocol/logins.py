@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from orion_iscsifs.protocol.login import (
+    ChallengeRegister,
     Credentials,
     InitiatorLogin,
     Offer,
@@ -41,6 +42,8 @@ def initiator(
     tsih: int = 0,
     session: Parameters | None = None,
     random_bytes: Callable[[int], bytes] | None = None,
+    expected_portal_group_tag: int | None = None,
+    challenges: ChallengeRegister | None = None,
 ) -> InitiatorLogin:
     return InitiatorLogin(
         initiator_name=INITIATOR,
@@ -57,6 +60,8 @@ def initiator(
         chap_algorithms=algorithms,
         random_bytes=random_bytes or counting_bytes(1),
         session=session,
+        expected_portal_group_tag=expected_portal_group_tag,
+        challenges=challenges,
     )
 
 
@@ -67,6 +72,8 @@ def target(
     discovery_access: TargetAccess | None = None,
     assign_tsih: Callable[[TargetLogin], int] | None = None,
     random_bytes: Callable[[int], bytes] | None = None,
+    find_session: Callable[[TargetLogin], Parameters] | None = None,
+    challenges: ChallengeRegister | None = None,
 ) -> TargetLogin:
     granted = access or TargetAccess()
     return TargetLogin(
@@ -76,6 +83,8 @@ def target(
         random_bytes=random_bytes or counting_bytes(2),
         discovery_access=discovery_access,
         assign_tsih=assign_tsih,
+        find_session=find_session,
+        challenges=challenges,
     )
 
 

@@ -73,6 +73,7 @@ def test_credentials_keep_their_secret() -> None:
 
 
 @given(value=st.binary(min_size=1, max_size=1024))
+@pytest.mark.checklist(41, "6.1")
 def test_binary_values(value: bytes) -> None:
     """Checklist 41: hex and base64, both cases of the prefix."""
     forms = [encode_binary(value), "0X" + value.hex().upper()]
@@ -94,6 +95,7 @@ def test_bad_binary_values(text: str) -> None:
         decode_binary(text, key="CHAP_C", pdu="Login Response")
 
 
+@pytest.mark.checklist(41, "12.1.3")
 def test_binary_values_are_bounded() -> None:
     """Checklist 41."""
     with pytest.raises(ProtocolViolation, match="holds 1025 bytes, 1 to 1024"):
@@ -123,6 +125,7 @@ def test_exchange(algorithm: ChapAlgorithm, mutual: bool) -> None:
     left.verify(dict(right.verify(dict(answer))))
 
 
+@pytest.mark.checklist(40, "12.1.3")
 def test_algorithms_are_offered_in_the_order_of_preference() -> None:
     """Checklist 40; the target takes the first that it knows."""
     left = initiator(algorithms=(8, 7, 6, 5))
@@ -132,6 +135,7 @@ def test_algorithms_are_offered_in_the_order_of_preference() -> None:
 
 
 @pytest.mark.parametrize("chosen", ["6", "", "x", "5,6", "05", "1" * 80])
+@pytest.mark.checklist(40, "12.1.3")
 def test_an_algorithm_that_was_not_offered(chosen: str) -> None:
     """Checklist 40."""
     with pytest.raises(ProtocolViolation, match="was not offered"):
@@ -147,6 +151,7 @@ def test_an_incomplete_challenge(key: str) -> None:
 
 
 @pytest.mark.parametrize("identifier", ["256", "-1", "x", ""])
+@pytest.mark.checklist(41, "12.1.3")
 def test_an_identifier_beyond_a_byte(identifier: str) -> None:
     with pytest.raises(ProtocolViolation, match="CHAP_I is not a byte"):
         initiator().answer({"CHAP_A": "5", "CHAP_I": identifier, "CHAP_C": "0x01"})
@@ -160,6 +165,7 @@ def test_keys_out_of_step() -> None:
         initiator(mutual=False).verify({"CHAP_R": "0x00"})
 
 
+@pytest.mark.checklist(42, "12.1.3")
 def test_a_target_with_our_challenge() -> None:
     """Checklist 42, §9.2.1: a challenge that equals ours is refused."""
     ours = counting_bytes(1)
@@ -191,6 +197,7 @@ def test_mutual_refuses_another_target(name: str, secret: bytes) -> None:
         left.verify(keys)
 
 
+@pytest.mark.checklist(42, "9.2.1")
 def test_mutual_refuses_our_own_secret() -> None:
     """Checklist 42, §9.2.1: a response that we would have given ourselves."""
     left = initiator()
@@ -213,6 +220,7 @@ def test_mutual_needs_a_name() -> None:
         left.verify({"CHAP_R": response})
 
 
+@pytest.mark.checklist(41, "12.1.3")
 def test_a_response_of_the_wrong_length() -> None:
     """Checklist 41."""
     left = initiator()

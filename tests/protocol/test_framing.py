@@ -113,6 +113,7 @@ def test_divert_gives_the_buffer_back_in_the_middle_of_a_segment() -> None:
 
 
 @pytest.mark.parametrize("position", [3, 40, 49])
+@pytest.mark.checklist(45, "7.8")
 def test_a_damaged_header_is_a_digest_error(position: int) -> None:
     """Checklist 45, RFC 7143 §7.8."""
     stream = bytearray(wire([NopOut(1)], True, False))
@@ -124,6 +125,7 @@ def test_a_damaged_header_is_a_digest_error(position: int) -> None:
 
 
 @pytest.mark.parametrize("position", [48, 52, 53, 55, 56, 59])
+@pytest.mark.checklist(44, "13.1")
 def test_damaged_data_padding_or_digest_is_a_digest_error(position: int) -> None:
     """Checklist 44 and 45: the padding is covered too (§11.2.3)."""
     stream = bytearray(wire([NopOut(1, data=b"hello")], False, True))
@@ -135,6 +137,7 @@ def test_damaged_data_padding_or_digest_is_a_digest_error(position: int) -> None
         feed(framer, stream, [])
 
 
+@pytest.mark.checklist(44, "11.2.3")
 def test_no_data_segment_has_no_data_digest() -> None:
     """Checklist 44."""
     assert len(wire([NopOut(1)], False, True)) == 48
@@ -162,6 +165,7 @@ def test_hostile_bytes_end_in_a_typed_error_or_wait_for_more(stream: bytes, dige
     assert len(framer.buffers()[-1]) > 1000, "there is room for more"
 
 
+@pytest.mark.checklist(45, "7.8")
 def test_with_recovery_a_damaged_data_segment_costs_one_pdu() -> None:
     """§7.8: discard the PDU and go on behind it."""
     framer = Framer(data_segment_length_max=8192)

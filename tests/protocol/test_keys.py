@@ -99,6 +99,13 @@ def test_only_later_keys_may_be_not_understood() -> None:
     assert later == {"TaskReporting", "iSCSIProtocolLevel", "X#NodeArchitecture"}
 
 
+def test_task_reporting() -> None:
+    row = KEYS["TaskReporting"]
+    assert (row.default, row.use, row.session_wide) == (("RFC3720",), Use.LEADING_ONLY, True)
+    assert set(row.values) == {"RFC3720", "ResponseFence", "FastAbort"}
+    assert Parameters().task_reporting == "RFC3720"
+
+
 def test_send_targets_is_for_the_full_feature_phase() -> None:
     assert KEYS["SendTargets"].use is Use.FULL_FEATURE_ONLY
     assert KEYS["SendTargets"].senders == INITIATOR
@@ -158,6 +165,17 @@ def test_an_offer_names_known_digests() -> None:
         Offer(header_digest=("CRC16",))
     with pytest.raises(UsageError, match="DataDigest="):
         Offer(data_digest=())
+
+
+def test_an_offer_names_known_task_reporting() -> None:
+    """Checklist 34: RFC3720 is always among them."""
+    Offer(task_reporting=("FastAbort", "ResponseFence", "RFC3720"))
+    with pytest.raises(UsageError, match="TaskReporting without RFC3720"):
+        Offer(task_reporting=("ResponseFence",))
+    with pytest.raises(UsageError, match="TaskReporting=RFC3720,Fast"):
+        Offer(task_reporting=("RFC3720", "Fast"))
+    with pytest.raises(UsageError, match="iSCSIProtocolLevel=32"):
+        Offer(iscsi_protocol_level=32)
 
 
 def test_an_offer_keeps_first_burst_within_max_burst() -> None:

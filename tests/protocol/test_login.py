@@ -47,6 +47,9 @@ NONE_FIRST, CRC_FIRST = ("None", "CRC32C"), ("CRC32C", "None")
 @pytest.mark.parametrize(
     ("initial_r2t", "immediate_data"), list(itertools.product([False, True], repeat=2))
 )
+@pytest.mark.checklist(12, "13.10")
+@pytest.mark.checklist(32, "13.9")
+@pytest.mark.checklist(40, "12.1.3")
 def test_every_combination(
     auth: str,
     algorithm: ChapAlgorithm,
@@ -91,6 +94,8 @@ def test_every_combination(
     assert parameters.max_recv_data_segment_length == 65536
 
 
+@pytest.mark.checklist(32, "6.3")
+@pytest.mark.checklist(40, "12.1.3")
 def test_what_goes_over_the_wire() -> None:
     """Checklist 32: group tag first; 40: CHAP_A alone; names are declared once."""
     left = initiator(credentials=INCOMING, target_credentials=OUTGOING, algorithms=(7, 5))
@@ -128,6 +133,8 @@ def test_what_goes_over_the_wire() -> None:
     ]
 
 
+@pytest.mark.checklist(1, "4.2.2.1")
+@pytest.mark.checklist(7, "11.13.4")
 def test_sequence_numbers() -> None:
     """Checklist 7: StatSN of the responses seeds ExpStatSN, across the wrap too."""
     left, right = initiator(credentials=INCOMING), target(access=TargetAccess(incoming=INCOMING))
@@ -156,6 +163,7 @@ def test_tsih_only_in_the_final_response() -> None:
     assert [pdu.tsih for pdu in trace.responses] == [0, 9]
 
 
+@pytest.mark.checklist(35, "4.3")
 def test_discovery() -> None:
     """Checklist 35: no target name, no digest even if wanted, only keys that matter."""
     left = initiator(
@@ -194,6 +202,7 @@ def test_a_connection_that_joins_a_session() -> None:
     assert right.requested_tsih == second.tsih == first.tsih
 
 
+@pytest.mark.checklist(31, "6.3.3")
 def test_a_target_that_needs_more_than_it_was_offered() -> None:
     """Checklist 31: T=0 although the initiator wants to go on; the initiator answers."""
     left = initiator(session_type="Discovery", target_name=None, offer=Offer(default_time2wait=1))
@@ -232,6 +241,7 @@ def test_wrong_credentials(credentials: Credentials | None) -> None:
     assert INCOMING.secret.decode() not in str(right.failure)
 
 
+@pytest.mark.checklist(43, "9.2")
 def test_credentials_for_a_target_that_asks_for_none() -> None:
     """Checklist 43: fail closed."""
     with pytest.raises(AuthenticationFailed) as caught:
@@ -239,6 +249,7 @@ def test_credentials_for_a_target_that_asks_for_none() -> None:
     assert "does not want CHAP" in caught.value.advice
 
 
+@pytest.mark.checklist(43, "9.2")
 def test_mutual_chap_with_a_target_that_can_not() -> None:
     """Checklist 42 and 43."""
     right = target(access=TargetAccess(incoming=INCOMING))
@@ -254,6 +265,7 @@ def test_mutual_chap_with_another_target() -> None:
         join(initiator(credentials=INCOMING, target_credentials=OUTGOING), right)
 
 
+@pytest.mark.checklist(42, "9.2.1")
 def test_a_target_with_one_secret_for_both_directions() -> None:
     """Checklist 42, §9.2.1."""
     same = Credentials(user="storage", secret=INCOMING.secret)
@@ -263,6 +275,7 @@ def test_a_target_with_one_secret_for_both_directions() -> None:
     assert "own secret" in str(right.failure)
 
 
+@pytest.mark.checklist(42, "12.1.3")
 def test_both_sides_with_the_same_randomness() -> None:
     """Checklist 42: equal challenges are refused."""
     left = initiator(
@@ -275,6 +288,7 @@ def test_both_sides_with_the_same_randomness() -> None:
         join(left, right)
 
 
+@pytest.mark.checklist(40, "12.1.3")
 def test_no_algorithm_in_common() -> None:
     right = target(access=TargetAccess(incoming=INCOMING, algorithms=(7, 8)))
     with pytest.raises(AuthenticationFailed) as caught:
@@ -346,6 +360,8 @@ def test_a_target_that_is_busy() -> None:
 
 
 @pytest.mark.parametrize("segment_bytes", [1, 7, 64, 200])
+@pytest.mark.checklist(27, "6.1")
+@pytest.mark.checklist(28, "6.2")
 def test_text_in_pieces(segment_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checklist 27 and 28: the C bit in both directions, empty answers in between."""
     monkeypatch.setattr("orion_iscsifs.protocol.login_text.LOGIN_SEGMENT_BYTES_MAX", segment_bytes)

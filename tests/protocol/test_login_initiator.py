@@ -74,6 +74,7 @@ def answered(request: LoginRequest | None) -> dict[str, str]:
         (response([("X-a", "1" * 8192)]), r"8197 bytes of data during login.*§6\.3"),
     ],
 )
+@pytest.mark.checklist(31, "6.3")
 def test_bad_headers(bad: LoginResponse, problem: str) -> None:
     """Checklist 31: NSG of the target is at most ours; one ITT for the whole login."""
     with pytest.raises(ProtocolViolation, match=f"Login Response: .*{problem}"):
@@ -87,6 +88,7 @@ def test_a_transition_that_was_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("final", "problem"), [(0, "TSIH 0"), (9, "TSIH of another session")])
+@pytest.mark.checklist(37, "6.3.4")
 def test_tsih_at_the_end(final: int, problem: str) -> None:
     """§11.13.3. Checklist 37: a connection that joins keeps its TSIH."""
     login = initiator(tsih=0 if final == 0 else 8)
@@ -96,12 +98,15 @@ def test_tsih_at_the_end(final: int, problem: str) -> None:
         login.receive(response(csg=1, nsg=3, tsih=final))
 
 
+@pytest.mark.checklist(7, "11.13.5")
+@pytest.mark.checklist(39, "11.13.5")
 def test_a_refusal_at_any_time() -> None:
     """Checklist 39: the header of a refusal is not looked at, its status is."""
     with pytest.raises(LoginError, match="0300"):
         operational().receive(response(status=0x0300, itt=0, isid=bytes(6)))
 
 
+@pytest.mark.checklist(38, "11.13.5")
 def test_redirection_before_and_after_security() -> None:
     """Checklist 38."""
     moved = response([("TargetAddress", "192.0.2.1:3260")], status=0x0101)
@@ -113,6 +118,7 @@ def test_redirection_before_and_after_security() -> None:
 # -- partial exchanges ---------------------------------------------------------------------------
 
 
+@pytest.mark.checklist(31, "6.3.3")
 def test_partial_responses_are_answered() -> None:
     """Checklist 31: T=0 and nothing to say is answered by an empty request, with T where free."""
     login = started()
@@ -131,6 +137,7 @@ def test_partial_responses_are_answered() -> None:
     assert login.done
 
 
+@pytest.mark.checklist(31, "6.3.3")
 def test_partial_responses_during_chap() -> None:
     login = started(credentials=INCOMING)
     request = login.receive(response([TPGT]))
@@ -168,6 +175,7 @@ def test_defaults_when_the_target_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", ["None", "Reject", "SRP", "CHAP,None", "", "\x1b[2J"])
+@pytest.mark.checklist(43, "9.2")
 def test_a_target_that_does_not_authenticate_us(method: str) -> None:
     """Checklist 43: credentials are set, so only CHAP will do."""
     with pytest.raises(AuthenticationFailed, match="does not authenticate us") as caught:
@@ -194,6 +202,7 @@ def test_security_keys_after_the_end() -> None:
         login.receive(response(CHALLENGE))
 
 
+@pytest.mark.checklist(43, "9.2")
 def test_mutual_chap_can_not_be_skipped() -> None:
     """Checklist 42: T=1 without CHAP_R."""
     login = started(credentials=INCOMING, target_credentials=OUTGOING)
@@ -216,6 +225,7 @@ def test_advice_follows_what_was_tried() -> None:
         assert words in caught.value.advice
 
 
+@pytest.mark.checklist(42, "9.2.1")
 def test_credentials_that_make_no_sense() -> None:
     """Checklist 42, §9.2.1: the same secret both ways is the user's mistake."""
     with pytest.raises(UsageError, match="mutual CHAP without CHAP"):
@@ -245,12 +255,14 @@ def test_credentials_that_make_no_sense() -> None:
         ([("TargetPortalGroupTag", "one")], r"has not 16 bits"),
     ],
 )
+@pytest.mark.checklist(30, "6.2")
 def test_keys_that_do_not_belong(text: list[Pair], problem: str) -> None:
     """Checklist 29 to 31: renegotiation, wrong stage, wrong sender."""
     with pytest.raises(ProtocolViolation, match=problem):
         started().receive(response(text))
 
 
+@pytest.mark.checklist(30, "6.2")
 def test_renegotiation_over_two_responses() -> None:
     """Checklist 30."""
     login = operational()
@@ -264,6 +276,8 @@ def test_security_keys_in_the_operational_stage() -> None:
         operational().receive(response([("CHAP_A", "5")], csg=1))
 
 
+@pytest.mark.checklist(29, "6.2")
+@pytest.mark.checklist(33, "13.25")
 def test_unknown_keys_are_not_understood() -> None:
     """Checklist 29; in both stages, and no answer where none can be given (T=1)."""
     login = started()
@@ -281,6 +295,7 @@ def test_addresses_may_be_repeated() -> None:
     assert started().receive(response(text)) is not None
 
 
+@pytest.mark.checklist(32, "13.9")
 def test_the_portal_group_tag_may_be_zero_or_absent() -> None:
     """Checklist 32."""
     for text, tag in (([("TargetPortalGroupTag", "0")], 0), ([], None)):
@@ -317,6 +332,7 @@ def test_a_final_response_with_a_proposal_that_decides() -> None:
 # -- continuation --------------------------------------------------------------------------------
 
 
+@pytest.mark.checklist(28, "6.2")
 def test_a_response_in_pieces() -> None:
     """Checklist 28: C=1 is answered by an empty request, T=0, until C=0."""
     login = started()
@@ -340,6 +356,7 @@ def test_a_response_in_pieces() -> None:
     [response([TPGT]), response(continued=True), response(nsg=1)],
     ids=["text", "continued", "transit"],
 )
+@pytest.mark.checklist(28, "6.2")
 def test_an_interruption_of_our_text(bad: LoginResponse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checklist 28: while C=1 is set on our side, the target may only say "go on"."""
     monkeypatch.setattr("orion_iscsifs.protocol.login_text.LOGIN_SEGMENT_BYTES_MAX", 40)

@@ -36,6 +36,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("status", sorted(KINDS))
+@pytest.mark.checklist(39, "11.13.5")
 def test_every_code_in_words(status: int) -> None:
     """Checklist 39: class 2 is not retried, class 3 is."""
     kind, words = KINDS[status]
@@ -80,6 +81,7 @@ def test_a_class_that_does_not_exist(status_class: int) -> None:
         (0x01FE, "10.0.0.1", False),
     ],
 )
+@pytest.mark.checklist(38, "11.13.5")
 def test_redirections(status: int, address: str, permanent: bool) -> None:
     """Checklist 38: with and without a portal group tag."""
     moved = response([("TargetAddress", address), ("TargetAddress", "10.9.9.9")], status=status)

@@ -70,6 +70,7 @@ def give(side: Negotiator, *pairs: Pair) -> list[Pair]:
         ("DataDigest", "crc32c"),
     ],
 )
+@pytest.mark.checklist(30, "6.2")
 def test_impossible_selections(key: str, value: str) -> None:
     """Checklist 30: a selection must be possible under the key's rule, or the login ends."""
     side = negotiator()
@@ -101,6 +102,7 @@ def test_booleans_that_decide_by_themselves() -> None:
 
 
 @pytest.mark.parametrize("constant", ["Reject", "Irrelevant"])
+@pytest.mark.checklist(30, "6.2")
 def test_reject_and_irrelevant_keep_the_default(constant: str) -> None:
     """Checklist 30."""
     side = negotiator()
@@ -119,6 +121,7 @@ def test_no_answer_keeps_the_default() -> None:
 
 
 @pytest.mark.parametrize("key", ["MaxBurstLength", "HeaderDigest", "MaxRecvDataSegmentLength"])
+@pytest.mark.checklist(29, "6.2")
 def test_not_understood_for_a_key_of_the_rfc(key: str) -> None:
     """Checklist 29."""
     side = negotiator()
@@ -135,6 +138,7 @@ def test_a_declaration_takes_a_constant_as_no_declaration() -> None:
 
 
 @pytest.mark.parametrize("value", ["511", "16777216", "0", "x", "-1", "", "512~1024"])
+@pytest.mark.checklist(14, "13.12")
 def test_a_declaration_out_of_range(value: str) -> None:
     """Checklist 14."""
     with pytest.raises(ProtocolViolation, match=r"MaxRecvDataSegmentLength=.*§13\.12"):
@@ -142,6 +146,7 @@ def test_a_declaration_out_of_range(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["512", "0x200", "16777215"])
+@pytest.mark.checklist(14, "13.12")
 def test_a_declaration_within_range(value: str) -> None:
     side = negotiator()
     give(side, ("MaxRecvDataSegmentLength", value))
@@ -177,13 +182,14 @@ def test_a_declaration_within_range(value: str) -> None:
         ("IFMarkInt", "2048~8192", "Reject"),
         ("OFMarkInt", "2048~8192", "Reject"),
         ("TaskReporting", "RFC3720,ResponseFence,FastAbort", "RFC3720"),
-        ("TaskReporting", "FastAbort,ResponseFence,RFC3720", "RFC3720"),
         ("TaskReporting", "FastAbort", "Reject"),
-        ("iSCSIProtocolLevel", "2", "1"),
         ("iSCSIProtocolLevel", "0", "0"),
         ("iSCSIProtocolLevel", "32", "Reject"),
     ],
 )
+@pytest.mark.checklist(30, "6.2")
+@pytest.mark.checklist(33, "13.25")
+@pytest.mark.checklist(34, "13.24")
 def test_answers(key: str, proposed: str, answer: str) -> None:
     """Checklist 30, 33 (obsolete keys: Reject, never NotUnderstood) and 34."""
     for role in Role:
@@ -192,6 +198,88 @@ def test_answers(key: str, proposed: str, answer: str) -> None:
         # What was settled is not open again.
         assert key not in dict(side.propose_needed())
         side.conclude()
+
+
+LATER = [
+    # role, what the offer says, the peer's proposal, our answer
+    (Role.INITIATOR, Offer(), "FastAbort,ResponseFence,RFC3720", "ResponseFence"),
+    (Role.INITIATOR, Offer(), "RFC3720,ResponseFence", "RFC3720"),
+    (Role.TARGET, Offer(), "FastAbort,ResponseFence,RFC3720", "RFC3720"),
+    (
+        Role.TARGET,
+        Offer(task_reporting=("ResponseFence", "RFC3720")),
+        "FastAbort,ResponseFence,RFC3720",
+        "ResponseFence",
+    ),
+    (
+        Role.TARGET,
+        Offer(task_reporting=("FastAbort", "ResponseFence", "RFC3720")),
+        "ResponseFence,FastAbort,RFC3720",
+        "ResponseFence",
+    ),
+]
+
+
+@pytest.mark.checklist(34, "13.23")
+@pytest.mark.parametrize(("role", "offer", "proposed", "answer"), LATER)
+def test_task_reporting_is_chosen_in_the_order_of_the_proposer(
+    role: Role, offer: Offer, proposed: str, answer: str
+) -> None:
+    side = negotiator(role, offer)
+    assert give(side, ("TaskReporting", proposed)) == [("TaskReporting", answer)]
+    assert side.conclude().task_reporting == answer
+
+
+@pytest.mark.checklist(34, "13.24")
+@pytest.mark.parametrize(
+    ("role", "own", "proposed", "level"),
+    [
+        (Role.INITIATOR, None, 1, 1),
+        (Role.INITIATOR, None, 2, 2),
+        (Role.INITIATOR, 1, 2, 1),
+        (Role.TARGET, None, 2, 1),
+        (Role.TARGET, 2, 2, 2),
+        (Role.TARGET, 2, 31, 2),
+    ],
+)
+def test_the_protocol_level_is_the_lower_one(
+    role: Role, own: int | None, proposed: int, level: int
+) -> None:
+    side = negotiator(role, Offer(iscsi_protocol_level=own))
+    key = "iSCSIProtocolLevel"
+    assert give(side, (key, str(proposed))) == [(key, str(level))]
+    assert side.conclude().iscsi_protocol_level == level
+
+
+@pytest.mark.checklist(29, "6.2")
+@pytest.mark.checklist(34, "13.23")
+@pytest.mark.parametrize("answer", ["NotUnderstood", "Reject", "Irrelevant", None])
+def test_a_target_that_does_not_know_the_later_keys(answer: str | None) -> None:
+    side = negotiator()
+    assert {"TaskReporting", "iSCSIProtocolLevel"} <= dict(side.propose()).keys()
+    if answer is not None:
+        give(side, ("TaskReporting", answer), ("iSCSIProtocolLevel", answer))
+    assert side.conclude().task_reporting == "RFC3720"
+    assert side.conclude().iscsi_protocol_level == 1
+
+
+@pytest.mark.checklist(34, "13.23")
+def test_what_is_worth_no_proposal_is_not_proposed() -> None:
+    """An originator has to offer ResponseFence too; level 1 is the default."""
+    left = negotiator(offer=Offer(task_reporting=("RFC3720",), iscsi_protocol_level=1))
+    assert not {"TaskReporting", "iSCSIProtocolLevel"} & dict(left.propose()).keys()
+    # A target never needs more than the defaults.
+    for offer in (Offer(), Offer(iscsi_protocol_level=2, task_reporting=("RFC3720",))):
+        assert negotiator(Role.TARGET, offer).needs() == []
+
+
+@pytest.mark.checklist(34, "13.23")
+@pytest.mark.parametrize("answer", ["FastAbort", "ResponseFence,RFC3720", "Yes", ""])
+def test_an_answer_that_was_not_offered(answer: str) -> None:
+    side = negotiator()
+    side.propose()
+    with pytest.raises(ProtocolViolation, match=r"§13\.23"):
+        give(side, ("TaskReporting", answer))
 
 
 @pytest.mark.parametrize(
@@ -213,12 +301,14 @@ def test_which_answers_are_required(key: str, proposed: str, required: bool) -> 
 
 
 @pytest.mark.parametrize("constant", ["Reject", "Irrelevant", "NotUnderstood"])
+@pytest.mark.checklist(30, "6.2")
 def test_constants_are_no_proposals(constant: str) -> None:
     """§6.2: reserved for answers."""
     with pytest.raises(ProtocolViolation, match="nothing was proposed"):
         give(negotiator(), ("MaxBurstLength", constant))
 
 
+@pytest.mark.checklist(13, "13.14")
 def test_first_burst_is_answered_within_max_burst() -> None:
     """Checklist 13: whatever the order of the keys in one text."""
     side = negotiator(Role.TARGET)
@@ -229,6 +319,7 @@ def test_first_burst_is_answered_within_max_burst() -> None:
     assert give(side, ("FirstBurstLength", "16777215")) == [("FirstBurstLength", "262144")]
 
 
+@pytest.mark.checklist(13, "13.14")
 def test_a_target_refuses_bursts_that_contradict() -> None:
     """Checklist 13: MaxBurstLength comes after FirstBurstLength was agreed on."""
     side = negotiator(Role.TARGET)
@@ -238,6 +329,7 @@ def test_a_target_refuses_bursts_that_contradict() -> None:
         side.conclude()
 
 
+@pytest.mark.checklist(13, "13.14")
 def test_a_default_first_burst_shrinks_with_max_burst() -> None:
     """Checklist 13."""
     side = negotiator(Role.TARGET)
@@ -245,6 +337,7 @@ def test_a_default_first_burst_shrinks_with_max_burst() -> None:
     assert side.conclude().first_burst_length == 512
 
 
+@pytest.mark.checklist(13, "13.14")
 def test_an_initiator_sends_less_when_bursts_contradict() -> None:
     """Checklist 13."""
     side = negotiator()
@@ -253,6 +346,7 @@ def test_an_initiator_sends_less_when_bursts_contradict() -> None:
     assert side.conclude().first_burst_length == 1024
 
 
+@pytest.mark.checklist(19, "13.19")
 def test_recovery_allows_one_r2t() -> None:
     """Checklist 19."""
     side = negotiator(Role.TARGET, Offer(error_recovery_level=1, max_outstanding_r2t=8))
@@ -315,6 +409,7 @@ def test_a_rejected_proposal_leaves_nothing_to_propose() -> None:
 # -- discovery and further connections -----------------------------------------------------------
 
 
+@pytest.mark.checklist(35, "13.21")
 def test_discovery_proposes_only_what_matters_there() -> None:
     """Checklist 35."""
     side = negotiator(discovery=True)
@@ -339,6 +434,7 @@ def test_discovery_proposes_only_what_matters_there() -> None:
         "TaskReporting",
     ],
 )
+@pytest.mark.checklist(35, "13.21")
 def test_keys_that_are_irrelevant_in_discovery(key: str) -> None:
     """Checklist 35; §13: "Irrelevant when: SessionType=Discovery"."""
     side = negotiator(Role.TARGET, discovery=True)
@@ -346,6 +442,7 @@ def test_keys_that_are_irrelevant_in_discovery(key: str) -> None:
     assert side.conclude().max_connections == 1
 
 
+@pytest.mark.checklist(35, "7.4")
 def test_discovery_has_no_recovery() -> None:
     """Checklist 35."""
     side = negotiator(Role.TARGET, discovery=True)

@@ -20,7 +20,7 @@ def joined(left_offer: Offer, right_offer: Offer) -> tuple[Parameters, Parameter
 
 
 def test_what_a_leading_connection_proposes() -> None:
-    """Checklist 33: no obsolete key; 34: no TaskReporting, no iSCSIProtocolLevel."""
+    """Checklist 33: no obsolete key; 34: RFC3720 and ResponseFence, level 2."""
     assert dict(negotiator().propose()) == {
         "HeaderDigest": "CRC32C,None",
         "DataDigest": "None,CRC32C",
@@ -36,6 +36,8 @@ def test_what_a_leading_connection_proposes() -> None:
         "DataPDUInOrder": "No",
         "DataSequenceInOrder": "No",
         "ErrorRecoveryLevel": "2",
+        "TaskReporting": "ResponseFence,RFC3720",
+        "iSCSIProtocolLevel": "2",
     }
 
 

@@ -12,6 +12,7 @@ NUMBERS = st.integers(0, 0xFFFF_FFFF)
 
 
 @given(number=NUMBERS, ahead=st.integers(1, (1 << 31) - 1))
+@pytest.mark.checklist(1, "4.2.2.1")
 def test_order_of_serial_numbers_at_the_wrap(number: int, ahead: int) -> None:
     """Checklist 1."""
     later = serial.add(number, ahead)
@@ -22,6 +23,7 @@ def test_order_of_serial_numbers_at_the_wrap(number: int, ahead: int) -> None:
     assert serial.distance(later, number) == -ahead
 
 
+@pytest.mark.checklist(1, "4.2.2.1")
 def test_the_window_wraps() -> None:
     """Checklist 1 and 2."""
     window = CommandWindow(0xFFFF_FFFE, 0xFFFF_FFFE, 1)
@@ -32,6 +34,7 @@ def test_the_window_wraps() -> None:
     assert (window.free, window.take()) == (4, 2)
 
 
+@pytest.mark.checklist(2, "4.2.2.1")
 def test_a_closed_window_has_no_slot() -> None:
     """Checklist 2: MaxCmdSN = ExpCmdSN - 1 closes the window (§4.2.2.1)."""
     window = CommandWindow(10, 10, 9)
@@ -41,6 +44,7 @@ def test_a_closed_window_has_no_slot() -> None:
 
 
 @pytest.mark.parametrize(("exp", "maximum"), [(10, 8), (12, 10), (5, 0xFFFF_FFF0)])
+@pytest.mark.checklist(3, "4.2.2.1")
 def test_a_max_below_exp_minus_one_is_ignored_as_a_whole(exp: int, maximum: int) -> None:
     """Checklist 3."""
     window = CommandWindow(10, 10, 20)
@@ -48,6 +52,7 @@ def test_a_max_below_exp_minus_one_is_ignored_as_a_whole(exp: int, maximum: int)
     assert (window.exp_cmd_sn, window.max_cmd_sn) == (10, 20)
 
 
+@pytest.mark.checklist(3, "4.2.2.1")
 def test_updates_only_move_forward() -> None:
     """Checklist 3: an old PDU that comes late takes nothing back."""
     window = CommandWindow(10, 10, 20)
@@ -59,6 +64,7 @@ def test_updates_only_move_forward() -> None:
     assert (window.exp_cmd_sn, window.max_cmd_sn) == (12, 21)
 
 
+@pytest.mark.checklist(6, "4.2.2.2")
 def test_stat_sn_advances_drops_duplicates_and_refuses_gaps() -> None:
     """Checklist 5 and 6."""
     counter = StatusCounter(0xFFFF_FFFF)

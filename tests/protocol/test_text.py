@@ -29,6 +29,7 @@ def test_encode() -> None:
     assert encode_text([]) == b""
 
 
+@pytest.mark.checklist(27, "6.1")
 def test_pairs_span_pdus() -> None:
     """Checklist 27: a pair may be cut anywhere, even within a character."""
     text = encode_text([("TargetAlias", "Büro"), ("InitialR2T", "No")])
@@ -49,6 +50,7 @@ def test_a_reader_starts_again_after_finish() -> None:
     assert reader.finish() == []
 
 
+@pytest.mark.checklist(27, "6.1")
 def test_keys_are_case_sensitive() -> None:
     """Checklist 27: a key in other letters is another key."""
     assert read(b"Initialr2t=No\0") == [("Initialr2t", "No")]
@@ -77,6 +79,7 @@ def test_pads_within_the_data_segment_are_skipped() -> None:
         (b"CHAP_R=0x" + b"0" * 2049 + b"\0", "longer than 2050"),
     ],
 )
+@pytest.mark.checklist(27, "6.1")
 def test_malformed_text(text: bytes, problem: str) -> None:
     with pytest.raises(ProtocolViolation, match=rf"Login Response: .*{problem}.*§6\.1"):
         read(text)
@@ -94,11 +97,14 @@ def test_malformed_text(text: bytes, problem: str) -> None:
         ("iSCSIProtocolLevel", "1"),
     ],
 )
+@pytest.mark.checklist(27, "6.1")
+@pytest.mark.checklist(41, "12.1.3")
 def test_longest_values(pair: Pair) -> None:
     """Checklist 27 and 41: 63 bytes of key, 255 of a simple value, 1024 bytes of CHAP."""
     assert read(encode_text([pair])) == [pair]
 
 
+@pytest.mark.checklist(27, "6.1")
 def test_text_is_bounded() -> None:
     reader = TextReader("Login Response")
     reader.feed(bytes(TEXT_BYTES_MAX))

@@ -34,6 +34,8 @@ def transfer(size: int, limits: Parameters = LIMITS) -> WriteTransfer:
         (True, False, 0, 0),
     ],
 )
+@pytest.mark.checklist(11, "11.3.4")
+@pytest.mark.checklist(12, "13.11")
 def test_the_four_combinations(
     initial_r2t: bool, immediate_data: bool, immediate: int, first_burst: int
 ) -> None:
@@ -65,6 +67,9 @@ def test_a_short_write_is_all_immediate() -> None:
     initial_r2t=st.booleans(),
     immediate_data=st.booleans(),
 )
+@pytest.mark.checklist(11, "13.14")
+@pytest.mark.checklist(14, "13.12")
+@pytest.mark.checklist(17, "11.8")
 def test_every_byte_is_sent_once_and_no_limit_is_passed(
     size: int, segment: int, burst: int, first: int, initial_r2t: bool, immediate_data: bool
 ) -> None:
@@ -108,6 +113,8 @@ def test_every_byte_is_sent_once_and_no_limit_is_passed(
         (R2T(0, 1, 5, 1, 0, 100), "R2TSN 1"),
     ],
 )
+@pytest.mark.checklist(17, "11.8")
+@pytest.mark.checklist(18, "11.8")
 def test_an_r2t_that_asks_for_nonsense_is_a_violation(r2t: R2T, problem: str) -> None:
     """Checklist 17 and 18."""
     with pytest.raises(ProtocolViolation, match=problem):
@@ -123,6 +130,8 @@ def test_an_r2t_never_asks_for_the_same_bytes_again() -> None:
     assert len(list(write.solicited(R2T(0, 1, 5, 1, 5000, 1000)))) > 0
 
 
+@pytest.mark.checklist(15, "11.7.5")
+@pytest.mark.checklist(16, "11.7.7")
 def test_reads_take_data_in_order_and_inside_their_length() -> None:
     """Checklist 15 and 16; a Data-In without data is fine."""
     read = ReadTransfer(100)
@@ -140,6 +149,8 @@ def test_reads_take_data_in_order_and_inside_their_length() -> None:
         (DataIn(1), 101, "11.7.6"),
     ],
 )
+@pytest.mark.checklist(15, "11.7.5")
+@pytest.mark.checklist(16, "11.7.6")
 def test_data_in_out_of_place_is_a_violation(pdu: DataIn, length: int, section: str) -> None:
     """Checklist 15 and 16."""
     with pytest.raises(ProtocolViolation) as caught:

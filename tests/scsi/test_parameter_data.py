@@ -176,6 +176,7 @@ def test_a_size_beyond_64_bits_is_refused() -> None:
         (0x3FFF, 0x7FFF_0000_0000_0000),
     ],
 )
+@pytest.mark.checklist(9, "11.2.1.7")
 def test_lun_addressing(number: int, encoded: int) -> None:
     assert lun.encode_lun(number) == encoded
     assert lun.decode_lun(encoded) == number

@@ -48,12 +48,14 @@ def test_round_trip(data: SenseData, descriptor_format: bool) -> None:
 
 
 @given(st.binary(max_size=300))
+@pytest.mark.checklist(24, "11.4.7")
 def test_hostile_sense_never_raises(raw: bytes) -> None:
     for decoded in (sense.decode_sense(raw), sense.sense_of_response(raw)):
         assert decoded.describe()
         assert judge(Status.CHECK_CONDITION, decoded) in Action
 
 
+@pytest.mark.checklist(24, "11.4.7")
 def test_sense_length_beyond_the_segment_is_cut() -> None:
     decoded = sense.sense_of_response(b"\xff\xff" + FIXED)
     assert (decoded.key, decoded.asc) == (5, 0x21)
@@ -97,6 +99,7 @@ def test_words() -> None:
         (Status.CHECK_CONDITION, SenseData(1, 0x0C, 0x00, deferred=True), Action.FAIL),
     ],
 )
+@pytest.mark.checklist(25, "11.4.7.2")
 def test_what_an_initiator_does(status: int, data: SenseData | None, action: Action) -> None:
     assert judge(status, data) is action
 
