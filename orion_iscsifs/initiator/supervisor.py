@@ -2,24 +2,14 @@
 
 Theory of operation
 -------------------
-While one session lasts (one TSIH), each connection is *served* by a task of its own. When a
-connection ends, that task cleans up after it:
+While one session lasts (one TSIH), each connection is *served* by a task of its own, which also
+cleans up when the connection ends (`cleanup`): the commands go on over other connections, or over
+one that replaces it. `_replenish` keeps the number of connections up.
 
-    another connection is left   logout of the dead one's CID over it: reason "remove for recovery"
-                                 at ErrorRecoveryLevel 2, "close" below (§7.14 b)
-    none is left, level 2        a login with the same TSIH and CID takes its place (§6.3.4)
-    none is left, below          the session is over
-
-A successful logout, explicit or by such a login, settles every command of the dead connection.
-What the target has not acknowledged by ExpCmdSN it discards: it is *retried* with its old CmdSN,
-which also plugs the gap (§7.2.1). What it has acknowledged is *reassigned* at level 2 (TASK
-REASSIGN, §7.2.2); below, the target has ended it, and it is issued anew. No cleanup begins before
-Time2Wait is over (§7.5). `_replenish` keeps the number of connections up.
-
-When anything of this fails, the session is over and *reinstated*: a login with the same ISID and
-TSIH 0, so the target ends the old nexus before it answers (§6.3.5), and a write that lingers from
-an old connection can't land after its own retry. A target that was restarted may show another
-disk under the same LUN: `Session.checks` run on *urgent* tasks before anything else is sent.
+When that fails, the session is over and *reinstated*: a login with the same ISID and TSIH 0, so
+the target ends the old nexus before it answers (§6.3.5), and a write that lingers from an old
+connection can't land after its own retry. A target that was restarted may show another disk under
+the same LUN: `Session.checks` run on *urgent* tasks before anything else is sent.
 
 The outage's clock starts when the last connection ends. After `replacement_timeout` all that is
 held fails, new requests fail at once, and logging in goes on in the background.
@@ -33,17 +23,12 @@ import trio
 
 from orion_iscsifs.errors import ConnectionLost, LoginError, OrionError
 from orion_iscsifs.initiator.budget import LoginPolicy
+from orion_iscsifs.initiator.cleanup import LOGOUT_TIMEOUT_S, Cleanup
 from orion_iscsifs.initiator.connection import Connection
 from orion_iscsifs.initiator.dial import LoggedIn, Portal, dial
 from orion_iscsifs.initiator.outage import State
-from orion_iscsifs.protocol import serial
 from orion_iscsifs.protocol.keys import Role
-from orion_iscsifs.protocol.pdu import (
-    LogoutReason,
-    LogoutRequest,
-    LogoutResponse,
-    LogoutResponseCode,
-)
+from orion_iscsifs.protocol.pdu import LogoutRequest
 from orion_iscsifs.protocol.sequence import CommandWindow
 from orion_iscsifs.protocol.states import (
     CONNECTION_NEXT,
@@ -61,13 +46,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_CMD_SN: Final = 1
-_LOGOUT_TIMEOUT_S: Final = 5.0
 _BACKOFF_FIRST_S: Final = 0.1
 _BACKOFF_MAX_S: Final = 5.0
 _JOIN_BACKOFF_FIRST_S: Final = 0.5
 _JOIN_BACKOFF_MAX_S: Final = 30.0
-_CLEANUPS_MAX: Final = 3
-"""Tries to log a dead connection out before the session is given up."""
 
 
 class Supervisor:
@@ -138,6 +120,7 @@ class Supervisor:
         for connection in list(session.connections):
             self._drop(connection, error)
         self._unsettled.clear()
+        self._move(SessionEvent.FAILED)
         if session.state is State.LOGGED_IN:
             session.state = State.RECOVERING
         session.outage.lost(trio.current_time(), self._time2wait_s)
@@ -175,7 +158,7 @@ class Supervisor:
             session.go_on()
             return
         try:
-            with trio.fail_at(self._deadline()):
+            with trio.fail_at(self.deadline):
                 for check in session.checks:
                     await check()
         except trio.TooSlowError:
@@ -199,7 +182,7 @@ class Supervisor:
             for connection in live[1:]:
                 connection.silenced = True
             try:
-                await live[0].request(request, _LOGOUT_TIMEOUT_S)
+                await live[0].request(request, LOGOUT_TIMEOUT_S)
             except OrionError as error:
                 log.info("%s: the logout is not answered: %s", session.portal, error)
         # Before any buffer goes back to its owner: nothing may be sent from it any more.
@@ -245,6 +228,42 @@ class Supervisor:
             await self._clean_up(connection, error)
         self._unsettled.discard(connection.cid)
         self._short.set()
+
+    async def _clean_up(self, dead: Connection, error: OrionError) -> None:
+        """Settle the commands of a connection that has ended, or end the session."""
+        session = self._session
+        if not session.connections:
+            if session.parameters.error_recovery_level < 2 or dead.logged_out:
+                self.end(error, dead.time2wait_s)
+                return
+            session.outage.lost(trio.current_time(), dead.time2wait_s)
+            self._move(SessionEvent.FAILED)
+            if session.state is State.LOGGED_IN:
+                session.state = State.RECOVERING
+        log.warning(
+            "%s: connection %d: %s; %d commands wait for its cleanup",
+            session.portal,
+            dead.cid,
+            error,
+            len(dead.tasks),
+        )
+        cleanup = Cleanup(session, dead)
+        async with self._cleaning:
+            settled = await cleanup.run()
+        if not settled:
+            self.end(error)
+
+    async def replace(self, dead: Connection) -> None:
+        """Log in with the CID of a connection that has ended; raises what `dial` raises."""
+        self._take_over(await self._dial(dead.portal, dead.cid, dead.inbound.status.exp_stat_sn))
+
+    def continued(self) -> None:
+        """A session that was without connections goes on (§6.3.6)."""
+        session = self._session
+        self._move(SessionEvent.CONTINUATION_SUCCEEDED)
+        session.outage.entered(trio.current_time())
+        if session.state is not State.CLOSED:
+            session.go_on()
 
     async def _replenish(self) -> None:
         """Add connections until there are as many as wanted."""
@@ -304,143 +323,6 @@ class Supervisor:
         self.start(self._serve, connection)
         return connection
 
-    # -- after a connection ------------------------------------------------------------------
-
-    async def _clean_up(self, dead: Connection, error: OrionError) -> None:
-        """Settle the commands of a connection that has ended, or end the session."""
-        session = self._session
-        wait_until = trio.current_time() + dead.time2wait_s
-        if not session.connections:
-            if session.parameters.error_recovery_level < 2 or dead.logged_out:
-                self.end(error, dead.time2wait_s)
-                return
-            session.outage.lost(trio.current_time(), dead.time2wait_s)
-            self._move(SessionEvent.FAILED)
-            if session.state is State.LOGGED_IN:
-                session.state = State.RECOVERING
-        log.warning(
-            "%s: connection %d: %s; %d commands wait for its cleanup",
-            session.portal,
-            dead.cid,
-            error,
-            len(dead.tasks),
-        )
-        async with self._cleaning:
-            if not dead.logged_out:
-                await trio.sleep_until(wait_until)
-            settled = await self._settle(dead, wait_until + dead.time2retain_s)
-        if not settled:
-            self.end(error)
-
-    async def _settle(self, dead: Connection, retained_until: float) -> bool:
-        """Log the dead connection out by one of the ways there are; True when that succeeded."""
-        session = self._session
-        for _ in range(_CLEANUPS_MAX):
-            if dead.logged_out:
-                return self._distribute(dead, reassign=False)
-            live = [connection for connection in session.connections if connection.takes_commands]
-            if live:
-                if await self._log_out(dead, live[0]):
-                    return True
-            elif session.parameters.error_recovery_level == 2:
-                return await self._replace(dead, retained_until)
-            else:
-                return False
-        return False
-
-    async def _log_out(self, dead: Connection, live: Connection) -> bool:
-        """Explicit logout of the dead connection over another one (§11.14)."""
-        session = self._session
-        recovers = session.parameters.error_recovery_level == 2
-        reason = (
-            LogoutReason.REMOVE_CONNECTION_FOR_RECOVERY
-            if recovers
-            else LogoutReason.CLOSE_CONNECTION
-        )
-        request = LogoutRequest(session.next_tag(), reason, dead.cid, cmd_sn=session.window.cmd_sn)
-        try:
-            response = await live.request(request, _LOGOUT_TIMEOUT_S)
-        except ConnectionLost as error:
-            log.info("%s", error)
-            return False
-        assert isinstance(response, LogoutResponse)
-        code = response.response
-        if code == LogoutResponseCode.CLOSED:
-            if recovers:
-                await trio.sleep(response.time2wait_s)
-            return self._distribute(dead, reassign=recovers)
-        if code == LogoutResponseCode.CID_NOT_FOUND and not recovers:
-            # The target has ended it by itself, with its commands.
-            return self._distribute(dead, reassign=False)
-        log.warning("%s: logout of connection %d: response %d", session.portal, dead.cid, code)
-        await trio.sleep(response.time2wait_s)
-        return False
-
-    async def _replace(self, dead: Connection, retained_until: float) -> bool:
-        """Connection reinstatement: a login that logs the old connection out (§6.3.4)."""
-        session = self._session
-        pause_s = _BACKOFF_FIRST_S
-        with trio.move_on_at(min(retained_until, self._deadline())):
-            while True:
-                try:
-                    logged_in = await self._dial(
-                        dead.portal, dead.cid, dead.inbound.status.exp_stat_sn
-                    )
-                except LoginError as error:
-                    log.warning("%s: the session can't be continued: %s", session.portal, error)
-                    return False
-                except OrionError as error:
-                    session.last_error = error
-                else:
-                    self._take_over(logged_in)
-                    self._continue(dead)
-                    return True
-                await trio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _BACKOFF_MAX_S)
-        return False
-
-    def _continue(self, dead: Connection) -> None:
-        """A session without connections has one again."""
-        session = self._session
-        self._move(SessionEvent.CONTINUATION_SUCCEEDED)
-        session.outage.entered(trio.current_time())
-        self._distribute(dead, reassign=True)
-        if session.state in (State.RECOVERING, State.FAILED):
-            session.go_on()
-
-    def _distribute(self, dead: Connection, *, reassign: bool) -> bool:
-        """The dead connection is logged out: its commands go to the others, if there are any."""
-        session = self._session
-        exp_cmd_sn = session.window.exp_cmd_sn
-        error = session.last_error or ConnectionLost(f"{dead.peer}: connection lost")
-        anew = []
-        for task in list(dead.tasks.values()):
-            live = min(
-                (connection for connection in session.connections if connection.takes_commands),
-                key=lambda connection: len(connection.tasks),
-                default=None,
-            )
-            if live is None:
-                return False
-            if not serial.less(task.cmd_sn, exp_cmd_sn):
-                session.retry(task, live)
-            elif reassign and task.waiter is not None and not task.urgent:
-                session.manager.reassign(task, live)
-            else:
-                anew.append(task)
-        session.hold(anew, error)
-        session.counters.connections_recovered += 1
-        log.warning(
-            "%s: connection %d is logged out; %d of its commands start anew",
-            session.portal,
-            dead.cid,
-            len(anew),
-        )
-        self._unsettled.discard(dead.cid)
-        session.pump()
-        session.push()
-        return True
-
     # -- a new session -----------------------------------------------------------------------
 
     async def _reinstate(self) -> None:
@@ -449,7 +331,7 @@ class Supervisor:
         policy = LoginPolicy()
         pause_s = session.outage.pause_s(trio.current_time())
         while True:
-            with trio.move_on_at(self._deadline()):
+            with trio.move_on_at(self.deadline):
                 await trio.sleep(pause_s)
                 error = await self._try_login()
                 if error is None:
@@ -458,10 +340,11 @@ class Supervisor:
                 pause_s = decision.wait_s
                 if decision.give_up and session.state is State.RECOVERING:
                     session.give_up(policy.verdict)
-            if trio.current_time() >= self._deadline():
+            if trio.current_time() >= self.deadline:
                 session.give_up()
 
-    def _deadline(self) -> float:
+    @property
+    def deadline(self) -> float:
         """When what is held has to fail; infinite once it has failed, or without a limit."""
         session = self._session
         return session.outage.deadline if session.state is State.RECOVERING else float("inf")

@@ -1,5 +1,6 @@
 """Framing, headers and text as properties of arbitrary bytes."""
 
+from collections.abc import Iterator
 from typing import Final
 
 from orion_iscsifs.errors import DigestError, ProtocolViolation
@@ -117,7 +118,7 @@ def _run(settings: _Settings, stream: bytes, cuts: list[int]) -> tuple[list[str]
     framer.keep_damaged = settings.keep_damaged
     found: list[str] = []
     try:
-        for pdus in _feed(framer, stream, cuts):
+        for pdus in feed(framer, stream, cuts):
             found += [_fingerprint(pdu, settings) for pdu in pdus]
     except ProtocolViolation as error:
         check_violation(error)
@@ -129,8 +130,8 @@ def _run(settings: _Settings, stream: bytes, cuts: list[int]) -> tuple[list[str]
     return found, False
 
 
-def _feed(framer: Framer, stream: bytes, cuts: list[int]) -> list[list[Pdu]]:
-    batches: list[list[Pdu]] = []
+def feed(framer: Framer, stream: bytes, cuts: list[int]) -> Iterator[list[Pdu]]:
+    """Give the stream in pieces of these sizes, in turn; the PDUs of each."""
     position, turn = 0, 0
     while position < len(stream):
         size = cuts[turn % len(cuts)] if cuts else len(stream)
@@ -143,8 +144,7 @@ def _feed(framer: Framer, stream: bytes, cuts: list[int]) -> list[list[Pdu]]:
             buffer[: len(part)] = part
             given += len(part)
         position += given
-        batches.append(framer.received(given))
-    return batches
+        yield framer.received(given)
 
 
 def _fingerprint(pdu: Pdu, settings: _Settings) -> str:

@@ -131,7 +131,7 @@ async def test_nothing_is_sent_from_a_buffer_that_was_handed_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A logout that times out fails the writes in flight while the socket is full of them."""
-    monkeypatch.setattr(supervisor_module, "_LOGOUT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(supervisor_module, "LOGOUT_TIMEOUT_S", 0.1)
     data = bytearray(32 << 20)
     async with played_session(logout=False) as (session, peer, _):
         failed = trio.Event()

@@ -1,0 +1,169 @@
+"""What becomes of the commands of a connection that has ended (RFC 7143 §§7.2, 7.14, 8.2).
+
+Theory of operation
+-------------------
+Nothing may be done with a command of a dead connection before the target has logged that
+connection out: until then it may still carry the command out. There are three ways to that:
+
+    another connection is left   a logout of the dead one's CID over it: reason "remove the
+                                 connection for recovery" at ErrorRecoveryLevel 2, else "close the
+                                 connection" (§11.14)
+    none is left, level 2        a login with the same TSIH and CID, which replaces it (§6.3.4)
+    none is left, below          none: the session is over, and a new one ends them all
+
+None of it begins before Time2Wait is over, or has a use after Time2Retain (§7.5). A logout settles
+every command: what the target has not acknowledged by ExpCmdSN it discards, so it is *retried*
+with its old CmdSN, which also plugs the gap (§7.2.1). What it has acknowledged is *reassigned* at
+level 2 (§7.2.2); below, the target has ended it, and it is issued *anew*.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from orion_iscsifs.errors import ConnectionLost, LoginError, OrionError
+from orion_iscsifs.initiator.connection import Connection
+from orion_iscsifs.protocol import serial
+from orion_iscsifs.protocol.keys import Role
+from orion_iscsifs.protocol.pdu import (
+    LogoutReason,
+    LogoutRequest,
+    LogoutResponse,
+    LogoutResponseCode,
+)
+from orion_iscsifs.protocol.states import CleanupEvent, CleanupState, cleanup_next
+
+if TYPE_CHECKING:
+    from orion_iscsifs.initiator.session import Session
+
+log = logging.getLogger(__name__)
+
+LOGOUT_TIMEOUT_S: Final = 5.0
+_BACKOFF_FIRST_S: Final = 0.1
+_BACKOFF_MAX_S: Final = 5.0
+_TRIES_MAX: Final = 3
+"""Tries to log a dead connection out before the session is given up."""
+
+
+class Cleanup:
+    """The end of one connection."""
+
+    def __init__(self, session: "Session", dead: Connection) -> None:
+        self._session = session
+        self._dead = dead
+        self._state = CleanupState.CLEANUP_WAIT
+        self._begins_at = trio.current_time() + dead.time2wait_s
+
+    @property
+    def _recovers(self) -> bool:
+        return self._session.parameters.error_recovery_level == 2
+
+    async def run(self) -> bool:
+        """Settle the commands of the dead connection; False: only a new session can."""
+        if self._dead.logged_out:
+            return self._distribute(reassign=False)
+        await trio.sleep_until(self._begins_at)
+        for _ in range(_TRIES_MAX):
+            live = self._least_busy()
+            if live is None and not self._recovers:
+                return False
+            self._move(CleanupEvent.STARTED)
+            settled = await (self._log_out(live) if live is not None else self._replace())
+            self._move(CleanupEvent.SUCCEEDED if settled else CleanupEvent.FAILED)
+            if settled or live is None:
+                return settled
+        return False
+
+    def _move(self, event: CleanupEvent) -> None:
+        """Take a transition of RFC 7143 §8.2."""
+        self._state = cleanup_next(Role.INITIATOR, self._state, event)
+
+    def _least_busy(self) -> Connection | None:
+        return min(
+            (connection for connection in self._session.connections if connection.takes_commands),
+            key=lambda connection: len(connection.tasks),
+            default=None,
+        )
+
+    async def _log_out(self, live: Connection) -> bool:
+        """Explicit logout of the dead connection over another one (§11.14)."""
+        session, dead = self._session, self._dead
+        reason = (
+            LogoutReason.REMOVE_CONNECTION_FOR_RECOVERY
+            if self._recovers
+            else LogoutReason.CLOSE_CONNECTION
+        )
+        request = LogoutRequest(session.next_tag(), reason, dead.cid, cmd_sn=session.window.cmd_sn)
+        try:
+            answer = await live.request(request, LOGOUT_TIMEOUT_S)
+        except ConnectionLost as error:
+            log.info("%s", error)
+            return False
+        if not isinstance(answer, LogoutResponse):
+            return False
+        match answer.response:
+            case LogoutResponseCode.CLOSED if self._recovers:
+                await trio.sleep(answer.time2wait_s)
+                return self._distribute(reassign=True)
+            case LogoutResponseCode.CLOSED:
+                return self._distribute(reassign=False)
+            case LogoutResponseCode.CID_NOT_FOUND if not self._recovers:
+                # The target has ended it by itself, and its commands with it.
+                return self._distribute(reassign=False)
+        log.warning(
+            "%s: logout of connection %d: response %d", session.portal, dead.cid, answer.response
+        )
+        await trio.sleep(answer.time2wait_s)
+        return False
+
+    async def _replace(self) -> bool:
+        """Connection reinstatement: a login that logs the old connection out (§6.3.4)."""
+        session, dead = self._session, self._dead
+        supervisor = session.supervisor
+        pause_s = _BACKOFF_FIRST_S
+        until = min(self._begins_at + dead.time2retain_s, supervisor.deadline)
+        with trio.move_on_at(until):
+            while True:
+                try:
+                    await supervisor.replace(dead)
+                except LoginError as error:
+                    log.warning("%s: the session can't be continued: %s", session.portal, error)
+                    return False
+                except OrionError as error:
+                    session.last_error = error
+                else:
+                    if not self._distribute(reassign=True):
+                        return False
+                    supervisor.continued()
+                    return True
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _BACKOFF_MAX_S)
+        return False
+
+    def _distribute(self, *, reassign: bool) -> bool:
+        """The dead connection is logged out: its commands go to the others, if there are any."""
+        session, dead = self._session, self._dead
+        exp_cmd_sn = session.window.exp_cmd_sn
+        anew = []
+        for task in list(dead.tasks.values()):
+            live = self._least_busy()
+            if live is None:
+                return False
+            if not serial.less(task.cmd_sn, exp_cmd_sn):
+                session.retry(task, live)
+            elif reassign and task.waiter is not None and not task.urgent:
+                session.manager.reassign(task, live)
+            else:
+                anew.append(task)
+        session.hold(anew, session.last_error or ConnectionLost(f"{dead.peer}: connection lost"))
+        session.counters.connections_recovered += 1
+        log.warning(
+            "%s: connection %d is logged out; %d of its commands start anew",
+            session.portal,
+            dead.cid,
+            len(anew),
+        )
+        session.pump()
+        session.push()
+        return True
