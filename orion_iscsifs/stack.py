@@ -21,10 +21,10 @@ from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.config import AuthConfig, CacheConfig, CacheMode, MountConfig
 from orion_iscsifs.config.places import create_private, state_dir
 from orion_iscsifs.errors import (
-    ConnectFailed,
     DeviceError,
     LunNotFound,
     NotADisk,
+    OrionError,
     TargetNotFound,
 )
 from orion_iscsifs.initiator.commands import LogicalUnit
@@ -34,6 +34,7 @@ from orion_iscsifs.initiator.discovery import DiscoveredTarget, discover
 from orion_iscsifs.initiator.identity import hold_isid
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.initiator.probe import report_luns
+from orion_iscsifs.initiator.reach import Attempts
 from orion_iscsifs.initiator.session import Session, open_session
 from orion_iscsifs.protocol.login import Credentials
 from orion_iscsifs.url import Source
@@ -134,12 +135,10 @@ async def _open_listed(
 ) -> None:
     """One target that discovery found; one without a disk has no folder in the mount.
 
-    The portal that was asked is tried first even where the list does not name it: it can be
-    reached, and a list often holds addresses of networks that this host does not see. Then in the
-    order of the list, as long as the target is not at the portal.
+    Its portals are tried in turn (`initiator.portals` has the order, and why).
     """
-    portals = [asked, *(portal for portal in target.portals if portal != asked)]
-    for portal in portals:
+    attempts = Attempts(target, asked, config.session)
+    while (portal := await attempts.next()) is not None:
         try:
             async with AsyncExitStack() as attempt:
                 prefix = f"{target.name}/"
@@ -149,10 +148,10 @@ async def _open_listed(
         except LunNotFound as error:
             log.warning("%s", error)
             return
-        except (ConnectFailed, TargetNotFound) as error:
-            if portal == portals[-1]:
-                raise
+        except OrionError as error:
+            attempts.failed(portal, error)
             log.info("%s: %s", portal, error)
+    raise attempts.verdict()
 
 
 async def _open_target(

@@ -61,7 +61,8 @@ class Source:
         text = "iscsis://" if self.tls else "iscsi://"
         if self.user is not None:
             text += f"{self.user}@"
-        text += self.portal.removesuffix(f":{DEFAULT_PORT}")
+        # RFC 6874: the '%' before an IPv6 zone is written as %25.
+        text += self.portal.replace("%", "%25").removesuffix(f":{DEFAULT_PORT}")
         if self.target is None:
             return text + "/"
         name = self.target.replace("%", "%25")

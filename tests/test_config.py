@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from orion_iscsifs.config import (
     MountConfig,
     Secret,
     SessionConfig,
+    TlsConfig,
 )
 from orion_iscsifs.config.build import build
 from orion_iscsifs.config.places import create_private, runtime_dir, state_dir
@@ -32,6 +35,7 @@ from orion_iscsifs.config.sources import (
 from orion_iscsifs.config.values import size_bytes
 from orion_iscsifs.config.words import LATER, OPTIONS
 from orion_iscsifs.errors import MountError, UsageError
+from orion_iscsifs.testing.certificates import Authority, private_pem
 
 NOWHERE = {"HOME": "/nonexistent"}
 
@@ -177,6 +181,82 @@ def test_what_comes_later_is_said_to_be_missing(name: str) -> None:
 
 def test_no_word_is_both_here_and_later() -> None:
     assert not OPTIONS.keys() & LATER.keys()
+
+
+# -- TLS ------------------------------------------------------------------------------------------
+
+
+def with_tls(*options: str) -> tuple[MountConfig, list[str]]:
+    words = gather(options, {}, NOWHERE)
+    return build(words, lambda: "iqn.2024-01.org.example:me", tls=True)
+
+
+def test_tls_files(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue(client=True)
+    both = tmp_path / "both.pem"
+    both.touch(mode=0o600)
+    both.write_bytes(pair.cert.read_bytes() + pair.key.read_bytes())
+    assert with_tls()[0].session.tls == TlsConfig()
+    config, warnings = with_tls(f"tls_ca={authority.ca},tls_cert={pair.cert},tls_key={pair.key}")
+    assert config.session.tls == TlsConfig(
+        ca=str(authority.ca), cert=str(pair.cert), key=str(pair.key)
+    )
+    assert warnings == []
+    assert with_tls(f"tls_cert={both}")[0].session.tls == TlsConfig(cert=str(both))
+    shown = to_toml(config, "iscsis://h/")
+    assert tomllib.loads(shown)["tls_key"] == str(pair.key)
+    again = tmp_path / "again.toml"
+    again.write_text(shown)
+    assert with_tls(f"config={again}")[0] == config
+    pair.key.chmod(0o644)
+    (warning,) = with_tls(f"tls_cert={pair.cert},tls_key={pair.key}")[1]
+    assert f"chmod 600 {pair.key}" in warning
+
+
+def test_tls_files_are_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Authority(tmp_path, "mine")
+    monkeypatch.chdir(tmp_path)
+    assert with_tls("tls_ca=mine.pem")[0].session.tls == TlsConfig(ca=str(tmp_path / "mine.pem"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("tls_ca={nothing}", "tls_ca={nothing}: can't be read: No such file"),
+        ("tls_ca={folder}", "tls_ca={folder}: can't be read: Is a directory"),
+        ("tls_ca={key}", "holds no certificate in PEM form"),
+        ("tls_ca={broken}", "option tls_ca={broken}: "),
+        ("tls_key={key}", "option tls_key: a private key without its certificate (add tls_cert="),
+        ("tls_cert={cert}", "holds no private key in PEM form (add tls_key=FILE)"),
+        ("tls_cert={key},tls_key={key}", "tls_cert={key}: holds no certificate"),
+        ("tls_cert={cert},tls_key={cert}", "tls_key={cert}: holds no private key"),
+        ("tls_cert={cert},tls_key={nothing}", "tls_key={nothing}: can't be read"),
+        ("tls_cert={cert},tls_key={other}", "tls_key={other}: is not the key of the certificate"),
+        ("tls_cert={cert},tls_key={locked}", "private key is encrypted"),
+        ("tls_cert={broken},tls_key={key}", "tls_cert={broken}: certificate and key can't be used"),
+    ],
+)
+def test_tls_files_that_are_no_use(tmp_path: Path, options: str, message: str) -> None:
+    authority = Authority(tmp_path)
+    pair, other = authority.issue(client=True), authority.issue(client=True)
+    files = {
+        "cert": pair.cert,
+        "key": pair.key,
+        "other": other.key,
+        "locked": tmp_path / "locked.key",
+        "broken": tmp_path / "broken.pem",
+        "folder": tmp_path,
+        "nothing": tmp_path / "nothing",
+    }
+    key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    files["locked"].write_bytes(private_pem(key, b"passphrase"))
+    files["broken"].write_bytes(pair.cert.read_bytes()[:200])
+    with pytest.raises(UsageError) as caught:
+        with_tls(options.format_map(files))
+    assert message.format_map(files) in caught.value.line
+    assert "\n" not in caught.value.line
 
 
 def test_a_secret_in_an_option_is_warned_about_and_never_shown() -> None:

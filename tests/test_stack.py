@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -13,7 +12,6 @@ import trio
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import (
     AuthConfig,
-    CacheConfig,
     CacheMode,
     ChapAlgorithm,
     ChapCredentials,
@@ -21,7 +19,6 @@ from orion_iscsifs.config import (
     FuseConfig,
     MountConfig,
     Secret,
-    SessionConfig,
 )
 from orion_iscsifs.errors import (
     AuthenticationFailed,
@@ -31,50 +28,18 @@ from orion_iscsifs.errors import (
 )
 from orion_iscsifs.scsi.cdb import OpCode
 from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status
-from orion_iscsifs.stack import Stack, open_stack
-from orion_iscsifs.target import Chap, Fault, RamDevice, Running, TargetConfig, serve
+from orion_iscsifs.stack import open_stack
+from orion_iscsifs.target import Chap, Fault, RamDevice, TargetConfig, serve
 from orion_iscsifs.target.faults import Act
 from orion_iscsifs.target.settings import Limits
 from orion_iscsifs.testing.conformance import BYTE_GRANULAR_CHECKS, Check, check_read_only_device
 from orion_iscsifs.url import parse
-
-IQN = "iqn.2026-11.org.example:stack"
-SIZE = 8 << 20
+from tests.world import IQN, SIZE, compare_with_model, mount, session, target, world
 
 
 @pytest.fixture(autouse=True)
 def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORION_ISCSIFS_STATE", str(tmp_path / "state"))
-
-
-def session(**changes: Any) -> SessionConfig:
-    return SessionConfig(**{"initiator_name": "iqn.2026-11.org.example:me", **changes})
-
-
-def mount(mode: CacheMode = CacheMode.WRITEBACK, **changes: Any) -> MountConfig:
-    cache = CacheConfig(mode=mode, size_bytes=4 << 20, dirty_max_bytes=1 << 20, dirty_age_s=0.2)
-    return MountConfig(session=session(**changes), cache=cache)
-
-
-@asynccontextmanager
-async def target(
-    *, block_bytes: int = 512, chap: Chap | None = None, limits: Limits | None = None
-) -> AsyncIterator[tuple[Running, RamDevice]]:
-    async with RamDevice(SIZE, block_bytes=block_bytes) as disk:
-        config = TargetConfig(iqn=IQN, units={1: disk}, chap=chap)
-        async with serve([config], limits=limits) as running:
-            yield running, disk
-
-
-@asynccontextmanager
-async def world(
-    config: MountConfig, **changes: Any
-) -> AsyncIterator[tuple[Running, RamDevice, Stack]]:
-    async with (
-        target(**changes) as (running, disk),
-        open_stack(parse(running.url(1)), config) as stack,
-    ):
-        yield running, disk, stack
 
 
 @pytest.mark.parametrize("block_bytes", [512, 4096])
@@ -284,56 +249,18 @@ SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in ran
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_faults_never_change_what_is_read(seed: int, mode: CacheMode) -> None:
     """Random requests against a model while the target misbehaves in every scripted way."""
-    rng = random.Random(f"{seed} {mode}")
     digests = {"header_digest": DigestPreference.CRC32C, "data_digest": DigestPreference.CRC32C}
     config = mount(mode, command_timeout_s=0.5, replacement_timeout_s=30, **digests)
-    async with world(config) as (running, disk, stack):
-        faults = running.targets[0].faults
-        device = stack.files["lun1"]
-        model = bytearray(SIZE)
+    async with world(config) as parts:
+        running = parts[0]
 
-        async def client(start: int) -> None:
-            """Owns a quarter of the disk, so that its model is exact."""
-            own = random.Random(f"{seed} {mode} {start}")
-            for _ in range(120):
-                length = own.choice((512, 700, 4096, 20000, 300_000))
-                offset = start + own.randrange(SIZE // 4 - length)
-                if own.random() < 0.5:
-                    content = own.randbytes(length)
-                    await device.write(offset, content)
-                    model[offset : offset + length] = content
-                else:
-                    buffer = bytearray(length)
-                    await device.read_into(offset, memoryview(buffer))
-                    assert buffer == model[offset : offset + length]
-                if own.random() < 0.05:
-                    await device.flush()
+        async def drop() -> None:
+            running.drop_connections()
 
-        async def mischief() -> None:
-            while True:
-                await trio.sleep(rng.random() * 0.03)
-                kind = rng.randrange(len(FAULTS) + 2)
-                if len(faults.pending) > 2:
-                    continue  # else a client that waits for a busy target finds ever more of it
-                if kind < len(FAULTS):
-                    faults.add(replace(FAULTS[kind], after=rng.randrange(5)))
-                elif kind == len(FAULTS):
-                    running.drop_connections()
-                else:
-                    await running.restart()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(mischief)
-            async with trio.open_nursery() as clients:
-                for quarter in range(4):
-                    clients.start_soon(client, quarter * SIZE // 4)
-            nursery.cancel_scope.cancel()
-        assert faults.hits > 3, "the target did misbehave"
-        faults.clear()
-        if not running.sessions:
-            await running.restart()
-        await device.flush()
-        assert bytes(disk.view) == model
+        hits = await compare_with_model(
+            parts, FAULTS, [drop, running.restart], seed=f"{seed} {mode}"
+        )
+        assert hits > 3, "the target did misbehave"
 
 
 @pytest.mark.parametrize("mode", list(CacheMode))

@@ -54,6 +54,18 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def size(count_bytes: int | None) -> str:
+    """A size for people: `64M`, `1.5G`; `-` if it is not known."""
+    if count_bytes is None:
+        return "-"
+    value, unit = float(count_bytes), "B"
+    for larger in ("K", "M", "G", "T"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f}".removesuffix(".0") + unit
+
+
 def orion_error(error: BaseException) -> OrionError | None:
     """The error itself, or the first of ours in an exception group."""
     if isinstance(error, OrionError):

@@ -161,7 +161,14 @@ def _await_end(
 def _flush(mountpoint: str, client: ControlClient, deadline: _Deadline, *, force: bool) -> bool:
     """Whether everything is durable. Without `force`, False is an exception instead."""
     try:
-        flush_with_progress(client, timeout_s=deadline.left_s())
+        try:
+            flush_with_progress(client, timeout_s=deadline.left_s())
+        except DaemonSilent:
+            raise
+        except OrionError as error:
+            # It may tell of a failure that has been mended meanwhile: the next one knows.
+            flush_with_progress(client, timeout_s=deadline.left_s())
+            say(f"umount {mountpoint}: an earlier flush had failed ({error}); all is written now")
     except DaemonSilent as error:
         if not force:
             raise Failed(

@@ -27,7 +27,7 @@ HEAD_START_S: Final = 0.25
 _ADDRESSES_MAX: Final = 16
 """Of one host name; a name server's answer must not make us open hundreds of connections."""
 
-SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Address:
     sockaddr: SocketAddress
 
     def __str__(self) -> str:
-        return self.sockaddr[0]
+        return str(self.sockaddr[0])
 
 
 def interleave(addresses: list[Address]) -> list[Address]:

@@ -317,6 +317,8 @@ class Connection:
             self._keepalive.last_received = trio.current_time()
             for pdu in pdus:
                 handle(pdu)
+            # Before any caller runs: the buffer of a command that has just ended is its own again.
+            wire.framer.release(self.tasks)
             if self._outbox:
                 self.push()  # answers to R2Ts and pings, all with one call
             turns += 1

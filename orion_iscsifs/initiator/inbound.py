@@ -53,6 +53,9 @@ class Owner(Protocol):
     def task_late(self, task: Task) -> None:
         """The task has had no answer for its time."""
 
+    def task_unacknowledged(self, task: Task) -> None:
+        """The target has not taken the command, and has taken none behind it, for a while."""
+
     def window_moved(self) -> None:
         """More commands may be sent."""
 
@@ -73,6 +76,9 @@ class Link(Protocol):
     def queue(self, pdu: Pdu) -> None: ...
 
     def queue_burst(self, burst: Burst) -> None: ...
+
+    def remember(self, tag: int) -> None:
+        """Make a ghost of a tag."""
 
     def notify(self, pdu: AsyncMessage) -> None:
         """The target sends an Async Message."""

@@ -1,5 +1,6 @@
 """One login over a connection that stands: the Login Phase on a `Wire` (RFC 7143 §6.3)."""
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -10,14 +11,19 @@ from orion_iscsifs.initiator.addresses import Portal
 from orion_iscsifs.initiator.wire import Wire
 from orion_iscsifs.protocol.framing import encode
 from orion_iscsifs.protocol.keys import Parameters
-from orion_iscsifs.protocol.login import Credentials, InitiatorLogin, Offer
+from orion_iscsifs.protocol.login import ChallengeRegister, Credentials, InitiatorLogin, Offer
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, Pdu
+
+log = logging.getLogger(__name__)
 
 LOGIN_SEGMENT_BYTES_MAX: Final = 8192
 """MaxRecvDataSegmentLength while the login phase lasts (RFC 7143 §13.12)."""
 
 _TLS_RECORDS: Final = (b"\x15\x03", b"\x16\x03")
 """How an alert and a handshake message begin: a TLS server's answer to what is not TLS."""
+
+_CHALLENGES: Final = ChallengeRegister()
+"""Of all connections of this process: a rogue target may play one off against another (§9.2.1)."""
 
 _DIGESTS: Final = {
     DigestPreference.CRC32C: ("CRC32C",),
@@ -84,9 +90,14 @@ async def log_in(wire: Wire, portal: Portal, nexus: Nexus, place: Place) -> Logg
         random_bytes=os.urandom,
         exp_stat_sn=place.exp_stat_sn,
         session=place.session,
+        expected_portal_group_tag=portal.group_tag,
+        challenges=_CHALLENGES,
     )
     early = await _exchange(wire, login)
     parameters = login.parameters
+    if login.portal_group_tag_mismatch:
+        tag = parameters.target_portal_group_tag
+        log.warning("%s: portal group %s, discovery said %s", portal, tag, portal.group_tag)
     wire.framer.data_segment_length_max = parameters.max_recv_data_segment_length
     wire.framer.header_digest = parameters.header_digest
     wire.framer.data_digest = parameters.data_digest
@@ -111,10 +122,10 @@ async def _exchange(wire: Wire, login: InitiatorLogin) -> list[Pdu]:
     answered = False
     pdus: list[Pdu] = []
     while request is not None:
-        await wire.send(encode(request, header_digest=False, data_digest=False))
-        if not answered and (await wire.first_bytes(2)) in _TLS_RECORDS:
-            raise NotIscsi(f"{wire.peer}: the answer is TLS", advice="write iscsis:// for TLS")
         try:
+            await wire.send(encode(request, header_digest=False, data_digest=False))
+            if not answered and (await wire.first_bytes(2)) in _TLS_RECORDS:
+                raise NotIscsi(f"{wire.peer}: the answer is TLS", advice="write iscsis:// for TLS")
             pdus = await wire.receive()
             while not pdus:
                 pdus = await wire.receive()

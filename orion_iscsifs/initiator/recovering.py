@@ -177,6 +177,9 @@ class RecoveringInbound(Inbound):
             else:
                 self._conclusions[type(pdu)](pdu)
             self._incomplete.pop(pdu.initiator_task_tag, None)
+            if task is not None:
+                # What was asked for twice may come a second time, after the end.
+                self._link.remember(pdu.initiator_task_tag)
 
     def _is_spoiled(self, task: Task) -> bool:
         return isinstance(task.read, RecoveringRead) and task.read.given_up
@@ -204,6 +207,7 @@ class RecoveringInbound(Inbound):
 
     def check(self, now: float) -> None:
         """Ask again for what stays missing; raises ConnectionLost when asking does not help."""
+        self._plug_gap(now)
         missing = self._missing()
         if not missing or missing != self._asked_for:
             self._asked_for, self._asked_at, self._asks = missing, now, 0
@@ -220,6 +224,18 @@ class RecoveringInbound(Inbound):
             numbers = _missing_of(task)
             if numbers:
                 self._snack(SnackType.DATA_OR_R2T, first_run(numbers), task)
+
+    def _plug_gap(self, now: float) -> None:
+        """Send a command again that the target may have thrown away (§7.1.4.2 a, §7.2.1).
+
+        If it has not, it ignores the duplicate. All later commands wait behind a gap.
+        """
+        due = self._owner.window.exp_cmd_sn
+        task = next((task for task in self._tasks.values() if task.cmd_sn == due), None)
+        if task is None or task.retries >= _ASKS_MAX or now - task.started_at < _ASK_AGAIN_S:
+            return
+        task.retries += 1
+        self._owner.task_unacknowledged(task)
 
     def _missing(self) -> list[object]:
         """All that is missing, to be compared with an earlier look."""

@@ -211,6 +211,10 @@ class Session:
     def task_late(self, task: Task) -> None:
         self.manager.task_late(task)
 
+    def task_unacknowledged(self, task: Task) -> None:
+        if task.connection is not None:
+            self.retry(task, task.connection)
+
     def window_moved(self) -> None:
         if self._pending:
             self.pump()

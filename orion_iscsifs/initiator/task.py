@@ -55,6 +55,8 @@ class Task:
     """When it was last sent (trio time)."""
     timeouts: int = 0
     """How often it got no answer in its time."""
+    retries: int = 0
+    """How often it was sent again with the same CmdSN because nothing acknowledged it."""
     violations: int = 0
     """How often the target has broken the protocol in what it sent for this command."""
     waiter: trio.lowlevel.Task | None = None

@@ -76,6 +76,7 @@ class TlsWire(Wire):
             raise TlsError(f"{peer}: this host name can't be in a certificate: {error}") from None
         super().__init__(secured, framer, peer)
         self._failure: TransportError | None = None
+        self._heard = False
         self._unfinished: Buffer | None = None
         self._read_wants_write = False
         self._write_wants_read = False
@@ -111,6 +112,7 @@ class TlsWire(Wire):
             if count < len(buffer):
                 break
         if received:
+            self._heard = True
             return self.framer.received(received)
         if self._failure is not None:
             raise self._failure
@@ -156,7 +158,7 @@ class TlsWire(Wire):
                 self._unfinished = piece
                 return [piece, *pieces]
             except OSError as error:
-                raise self._ended(error) from None
+                raise self._explained(self._ended(error)) from None
             self._unfinished = None
             sent += count
             if count < len(piece):
@@ -203,6 +205,17 @@ class TlsWire(Wire):
         if self._twin is None:
             self._twin = socket.socket(fileno=socket.dup(self._sock.fileno()))
         return self._twin
+
+    def _explained(self, ended: TransportError) -> TransportError:
+        """Nothing more can be sent. The peer may have said why before it closed the connection.
+
+        With TLS 1.3 our side of the handshake is over before the peer judges our certificate.
+        """
+        if self._heard or isinstance(ended, TlsError):
+            return ended
+        self._fill(memoryview(bytearray(1)))
+        self._failure = self._failure if isinstance(self._failure, TlsError) else ended
+        return self._failure
 
     def _ended(self, error: OSError) -> TransportError:
         if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):

@@ -23,7 +23,9 @@ _PIECES_MAX: Final = 512
 class Wire:
     """The connection's socket. Errors of the socket are raised as ConnectionLost."""
 
-    advice_if_strange: ClassVar[str] = "check that the port is an iSCSI target's"
+    advice_if_strange: ClassVar[str] = (
+        "check that the port is an iSCSI target's; if it is one with TLS, write iscsis://"
+    )
     """For a peer that ends the connection, or talks nonsense, before its first PDU."""
 
     def __init__(self, sock: socket.socket, framer: Framer, peer: str) -> None:

@@ -89,7 +89,7 @@ class InitiatorLogin:
         self._stage = Stage.START
         self._wanted: LoginStage | None = None
         self._asked: LoginStage | None = None
-        self._text = TextChannel(Role.TARGET)
+        self._text = TextChannel(Role.TARGET, joining=tsih != 0)
         self._negotiator = Negotiator(
             Role.INITIATOR,
             offer,

@@ -37,6 +37,9 @@ class Ledger:
         self._pdu = pdu
         self._seen: set[str] = set()
 
+    def has_seen(self, key: str) -> bool:
+        return key in self._seen
+
     def admit(self, key: str, stage: Stage) -> Key | None:
         """The row of a key that may be sent here, None for an unknown key."""
         row = KEYS.get(key)
@@ -71,9 +74,13 @@ class Received:
 
 
 class TextChannel:
-    """Text in both directions for one login. `peer` is who sends what `take` receives."""
+    """Text in both directions for one login. `peer` is who sends what `take` receives.
 
-    def __init__(self, peer: Role) -> None:
+    `joining`: for a connection of a session that exists, whose session-wide keys are settled.
+    """
+
+    def __init__(self, peer: Role, *, joining: bool = False) -> None:
+        self._joining = joining
         self._pdu = LoginRequest.name if peer is Role.INITIATOR else LoginResponse.name
         self._ledger = Ledger(peer, self._pdu)
         self._reader = TextReader(self._pdu)
@@ -117,6 +124,8 @@ class TextChannel:
     def _sort(self, pairs: Sequence[Pair], stage: Stage) -> Received:
         received = Received()
         for key, value in pairs:
+            if self._answers_irrelevant(key, value):
+                continue
             row = self._ledger.admit(key, stage)
             if row is None:
                 self._check_unknown(key, value)
@@ -129,6 +138,13 @@ class TextChannel:
             else:
                 received.operational.append((row, value))
         return received
+
+    def _answers_irrelevant(self, key: str, value: str) -> bool:
+        """tgt proposes MaxConnections on a joining connection and rejects our Irrelevant."""
+        if not self._joining or value not in ANSWER_CONSTANTS or not self._ledger.has_seen(key):
+            return False
+        row = KEYS.get(key)
+        return row is not None and row.session_wide
 
     def _check_unknown(self, key: str, value: str) -> None:
         if value in ANSWER_CONSTANTS:

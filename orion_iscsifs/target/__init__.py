@@ -7,7 +7,9 @@
     login.py        one connection from its first byte to full feature phase
     login_faults.py, login_script.py   logins that go wrong on demand, for tests
     connection.py   one TCP connection: bytes in, PDUs out, many of each per wake-up
-    session.py      command window, dispatch, responses
+    session.py      what the connections of a session have in common; lists its parts
+    channel.py      one connection of it; ordering.py, execution.py, retransmission.py,
+                    allegiance.py, fences.py, events.py: the parts
     tasks.py        one SCSI command: its write data, its residuals
     management.py   task management functions
     texts.py        Text Requests: SendTargets
@@ -15,7 +17,7 @@
     commands.py     SCSI commands that move or change blocks
     inquiries.py    SCSI commands that only tell
     backing.py      files and memory as devices
-    faults.py       misbehaviour on demand, for tests
+    faults.py, mischief.py   misbehaviour on demand, for tests
 """
 
 from orion_iscsifs.target.backing import FileDevice, InlineDevice, RamDevice, open_backing

@@ -51,10 +51,20 @@ class Connection:
     # -- receiving --------------------------------------------------------------------------------
 
     def enter_full_feature(
-        self, *, header_digest: bool, data_digest: bool, segment_bytes_max: int, sink: Sink
+        self,
+        *,
+        header_digest: bool,
+        data_digest: bool,
+        segment_bytes_max: int,
+        sink: Sink,
+        keep_damaged: bool = False,
     ) -> None:
-        """The login ended with these; `sink` is asked where data segments belong."""
+        """The login ended with these; `sink` is asked where data segments belong.
+
+        `keep_damaged`: ErrorRecoveryLevel 1 and above (see framing.Framer).
+        """
         framer = self._framer
+        framer.keep_damaged = keep_damaged
         framer.header_digest, framer.data_digest = header_digest, data_digest
         framer.data_segment_length_max = segment_bytes_max
         self._sink = sink

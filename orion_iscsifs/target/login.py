@@ -21,6 +21,7 @@ from orion_iscsifs.protocol.login import (
 )
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, Pdu
 from orion_iscsifs.protocol.text import Pair, shown
+from orion_iscsifs.target.channel import Channel
 from orion_iscsifs.target.connection import Connection
 from orion_iscsifs.target.login_faults import LoginAct, LoginFaults
 from orion_iscsifs.target.login_script import ScriptedLogin
@@ -49,11 +50,14 @@ def _offer(limits: Limits, *, discovery: bool) -> Offer:
         max_recv_data_segment_length=limits.max_recv_data_segment_length,
         max_burst_length=limits.max_burst_length,
         first_burst_length=limits.first_burst_length,
-        max_outstanding_r2t=limits.max_outstanding_r2t,
+        # One, where lost data may be asked for again and sequences are in order (§13.19).
+        max_outstanding_r2t=1 if limits.error_recovery_level else limits.max_outstanding_r2t,
         max_connections=limits.max_connections,
         error_recovery_level=limits.error_recovery_level,
         default_time2wait=limits.default_time2wait,
         default_time2retain=limits.default_time2retain,
+        task_reporting=limits.task_reporting,
+        iscsi_protocol_level=limits.iscsi_protocol_level,
     )
 
 
@@ -86,8 +90,8 @@ class Door:
 
     async def log_in(
         self, connection: Connection, directory: Directory, *, portal_group_tag: int
-    ) -> Session | None:
-        """The session, its last Login Response queued; None when there will be none."""
+    ) -> Channel | None:
+        """The connection in its session, its last Login Response queued; None: there is none."""
         with trio.move_on_after(self._limits.login_timeout_s):
             try:
                 requests = await connection.receive()
@@ -96,7 +100,9 @@ class Door:
             except OrionError as error:
                 self._refused(error)
                 return None
-            return await self._enter(connection, login, response, directory)
+            first = requests[0]
+            assert isinstance(first, LoginRequest)
+            return await self._enter(connection, login, response, directory, first.exp_stat_sn)
         self._refused(LoginError(f"{connection.peer}: the login took too long"))
         return None
 
@@ -194,30 +200,46 @@ class Door:
         scripted: ScriptedLogin,
         response: LoginResponse,
         directory: Directory,
-    ) -> Session:
-        """Full feature phase. An older session of this nexus has ended when the answer goes out."""
-        login, target = scripted.login, None
-        if login.session_type != DISCOVERY:
-            target = self._registry.targets[login.target_name or ""]
+        exp_stat_sn: int,
+    ) -> Channel | None:
+        """Full feature phase, in a new session or in one that exists.
+
+        An older session of this nexus, or connection of this CID, has ended when the answer goes
+        out. None: the session to join has ended meanwhile.
+        """
+        login = scripted.login
         connection.cid = login.cid
-        session = Session(
-            connection,
-            login,
-            target,
-            limits=self._limits,
-            directory=partial(directory, login),
-            stats=self._stats,
-        )
-        if target is None:
-            self._stats.discoveries += 1
+        text_answers = partial(directory, login)
+        session = self._registry.session_to_join(login)
+        if session is not None:
+            channel = await session.join(connection, login, text_answers, exp_stat_sn)
+            if channel is None:
+                return None
+            order = session.order
+            response.exp_cmd_sn, response.max_cmd_sn = order.exp_cmd_sn, order.max_cmd_sn
+        elif login.requested_tsih:
+            return None
         else:
-            await target.admit(session)
+            session = await self._new_session(login)
+            channel = session.add(connection, login, text_answers)
         connection.send(response)
-        parameters = login.parameters
+        parameters = channel.parameters
         connection.enter_full_feature(
             header_digest=parameters.header_digest,
             data_digest=parameters.data_digest,
             segment_bytes_max=parameters.max_recv_data_segment_length,
-            sink=session.place,
+            sink=channel.place,
+            keep_damaged=parameters.error_recovery_level > 0,
         )
+        return channel
+
+    async def _new_session(self, login: TargetLogin) -> Session:
+        target = None
+        if login.session_type != DISCOVERY:
+            target = self._registry.targets[login.target_name or ""]
+        session = Session(login, target, limits=self._limits, stats=self._stats)
+        if target is None:
+            self._stats.discoveries += 1
+        else:
+            await target.admit(session)
         return session

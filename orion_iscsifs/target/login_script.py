@@ -26,6 +26,8 @@ _KEY_ACTS: Final = frozenset(
 )
 """They act on every response that has their key; the others once a login."""
 
+_CUTS: Final = frozenset({LoginAct.PARTIAL, LoginAct.SPLIT})
+
 _ELSEWHERE: Final = frozenset({LoginAct.HEADER, LoginAct.ANSWER, LoginAct.SKIP_AUTHENTICATION})
 """They do not act on the text of a response."""
 
@@ -142,7 +144,7 @@ class ScriptedLogin:
         """With T=0 if a fault wants to answer with T=0."""
         for active in self._active:
             act = active.fault.act
-            cuts = act in (LoginAct.PARTIAL, LoginAct.SPLIT) and len(request.data) > 0
+            cuts = act in _CUTS and len(request.data) > 0
             if (cuts or act is LoginAct.ADD) and active.ready(request.csg, last=False):
                 return replace(request, transit=False, nsg=0)
         return request
@@ -181,10 +183,14 @@ class ScriptedLogin:
     def _spoilt_response(
         self, request: LoginRequest, response: LoginResponse, challenge: str
     ) -> LoginResponse | None:
-        for active in self._active:
+        response = self._with_answers(response)
+        last = self.login.done
+        # All of them count the response; what cuts its text comes when the text is complete.
+        due = [
+            a for a in self._active if a.fault.act not in _ELSEWHERE and a.due(response, last=last)
+        ]
+        for active in sorted(due, key=lambda active: active.fault.act in _CUTS):
             fault = active.fault
-            if fault.act in _ELSEWHERE or not active.due(response, last=self.login.done):
-                continue
             match fault.act:
                 case LoginAct.STATUS:
                     self._hit(active)
@@ -204,7 +210,7 @@ class ScriptedLogin:
                     response.data = bytes(response.data) + encode_text([(fault.key, fault.value)])
                 case _:
                     self._change(active, response, challenge)
-        return self._with_answers(response)
+        return response
 
     def _change(self, active: _Active, response: LoginResponse, challenge: str) -> None:
         """The acts on a key that the response has."""
@@ -266,5 +272,8 @@ class ScriptedLogin:
 
 
 def _pairs(text: Buffer) -> list[Pair]:
-    items = [item.partition("=") for item in bytes(text).decode().split("\0") if item]
+    # Text that is not UTF-8 is the real login's to refuse.
+    items = [
+        item.partition("=") for item in bytes(text).decode(errors="replace").split("\0") if item
+    ]
     return [(key, value) for key, _, value in items]

@@ -30,6 +30,18 @@ class Stats:
     """Data-Out PDUs of tasks that were gone."""
     rejects: int = 0
     protocol_errors: int = 0
+    digest_errors: int = 0
+    """PDUs with a damaged data segment that were rejected and recovered from."""
+    joined: int = 0
+    """Connections that joined a session, or took another's place in it."""
+    lost_connections: int = 0
+    timed_out_sessions: int = 0
+    snacks: int = 0
+    data_acks: int = 0
+    reassigned: int = 0
+    sequence_timeouts: int = 0
+    ignored_events: int = 0
+    """Async Messages that wanted an answer in time and got none."""
     last_error: str = ""
 
 
@@ -88,16 +100,32 @@ class Registry:
         self._tsihs = count(1)
 
     def assign_tsih(self, login: TargetLogin) -> int:
-        """The TSIH of a new session; one connection per session, so none can be joined."""
+        """The TSIH of a new session, or of the one that this connection may join."""
         if login.requested_tsih:
-            target = self.targets.get(login.target_name or "")
-            known = target is not None and target.session_with(login.requested_tsih) is not None
-            status = (
-                LoginStatus.TOO_MANY_CONNECTIONS if known else LoginStatus.SESSION_DOES_NOT_EXIST
-            )
-            raise status_error(status, f"TSIH {login.requested_tsih:#x} can't be joined")
+            return self._joined(login).tsih
         used = {s.tsih for target in self.targets.values() for s in target.sessions.values()}
         while True:
             number = next(self._tsihs) % _TSIH_MAX + 1
             if number not in used:
                 return number
+
+    def _joined(self, login: TargetLogin) -> "Session":
+        session = self.session_to_join(login)
+        tsih = f"TSIH {login.requested_tsih:#x}"
+        if session is None:
+            raise status_error(LoginStatus.SESSION_DOES_NOT_EXIST, f"no session has {tsih}")
+        if session.refuses(login.cid):
+            problem = f"{tsih} has all its connections"
+            raise status_error(LoginStatus.TOO_MANY_CONNECTIONS, problem)
+        return session
+
+    def session_to_join(self, login: TargetLogin) -> "Session | None":
+        """The session whose TSIH the login names: of the same initiator port (§11.12.6)."""
+        target = self.targets.get(login.target_name or "")
+        if target is None or not login.requested_tsih:
+            return None
+        session = target.session_with(login.requested_tsih)
+        if session is None or session.over:
+            return None
+        mine = (session.initiator_name, session.isid) == (login.initiator_name, login.isid)
+        return session if mine else None

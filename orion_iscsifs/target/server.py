@@ -92,6 +92,8 @@ class Running:
             listener.close()
         self._listeners.clear()
         self.drop_connections()
+        for session in self.sessions:
+            session.kill()
         await self._idle.wait()
 
     async def start(self) -> None:
@@ -141,9 +143,9 @@ class Running:
         self._idle = trio.Event() if self._idle.is_set() else self._idle
         try:
             directory = partial(self._directory, connection)
-            session = await self._door.log_in(connection, directory, portal_group_tag=group)
-            if session is not None:
-                await session.run()
+            channel = await self._door.log_in(connection, directory, portal_group_tag=group)
+            if channel is not None:
+                await channel.run()
         except OrionError as error:
             self.stats.last_error = str(error)
         except Exception:

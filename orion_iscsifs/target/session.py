@@ -1,94 +1,68 @@
-"""A session in full feature phase: CmdSN order, dispatch, answers (RFC 7143 §4.2.2, §11).
+"""A session in full feature phase: what its connections have in common (RFC 7143 §4.4, §8.3).
 
-Everything here happens on the trio thread without waiting, except commands whose device has to
-wait: those run in a task of their own. A batch of PDUs is handled, its answers are queued, and one
-`flush` sends them.
+    channel.py          one connection: StatSN, texts, pings, state
+    ordering.py         CmdSN order across the connections, the command window
+    execution.py        SCSI commands
+    retransmission.py   SNACKs, damaged PDUs, answers that are kept (ErrorRecoveryLevel 1)
+    allegiance.py       connections that are lost, logged out or replaced; reassignment (level 2)
+    management.py       task management functions
+    fences.py           answers that must not overtake each other on several connections
+    events.py           Asynchronous Messages and what they announce
 
-The command window is real: MaxCmdSN moves by one when a command ends, so at most `command_window`
-are here at once. A command ahead of ExpCmdSN is held until the gap fills; one outside the window
-is ignored. One connection for now: `connection` is where a list would come.
+The task that serves the leading connection owns the nursery of the session and stays until the
+session ends, whatever becomes of that connection; further connections are served by their own.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 import trio
 
-from orion_iscsifs.errors import ConnectionLost, ProtocolViolation
-from orion_iscsifs.protocol import serial
-from orion_iscsifs.protocol.keys import DISCOVERY
+from orion_iscsifs.protocol.keys import DISCOVERY, Role
 from orion_iscsifs.protocol.login import TargetLogin
 from orion_iscsifs.protocol.pdu import (
     NO_TAG,
-    R2T,
-    AsyncMessage,
-    DataIn,
-    DataOut,
-    LogoutReason,
     LogoutRequest,
-    LogoutResponse,
-    LogoutResponseCode,
-    NopIn,
     NopOut,
-    Pdu,
-    Reject,
-    RejectReason,
     ScsiCommand,
-    ScsiResponse,
-    SnackRequest,
     TaskManagementRequest,
-    TaskManagementResponse,
     TextRequest,
-    TextResponse,
 )
-from orion_iscsifs.scsi.cdb import OpCode
-from orion_iscsifs.scsi.sense import POWER_ON, SenseData
-from orion_iscsifs.target.answers import answers, target_failure
-from orion_iscsifs.target.catalog import data_out_length, execute, execute_without_unit
+from orion_iscsifs.protocol.states import (
+    SESSION_NEXT,
+    ConnectionEvent,
+    SessionEvent,
+    SessionState,
+    may,
+    session_next,
+)
+from orion_iscsifs.scsi.sense import SenseData
+from orion_iscsifs.target import allegiance, events
+from orion_iscsifs.target.channel import Channel
 from orion_iscsifs.target.connection import Connection
-from orion_iscsifs.target.faults import Act
-from orion_iscsifs.target.management import manage
-from orion_iscsifs.target.mischief import misbehave
+from orion_iscsifs.target.execution import Execution
+from orion_iscsifs.target.fences import Fence
+from orion_iscsifs.target.management import carry_out, manage
+from orion_iscsifs.target.mischief import pong_wrongly
+from orion_iscsifs.target.ordering import CommandOrder, Sequenced
 from orion_iscsifs.target.registry import Stats, Target
+from orion_iscsifs.target.retransmission import Retransmission
 from orion_iscsifs.target.settings import Limits
 from orion_iscsifs.target.tasks import Task
 from orion_iscsifs.target.texts import Directory, Texts
-from orion_iscsifs.target.unit import Outcome, Units, check_condition
+from orion_iscsifs.target.unit import Units
 
-_IMMEDIATE_MAX: Final = 32
-"""Immediate commands beyond the window that may be here at once."""
-_DRAIN_TIMEOUT_S: Final = 5.0
-_CLEAR_OF_ATTENTION: Final = frozenset({OpCode.INQUIRY, OpCode.REPORT_LUNS, OpCode.REQUEST_SENSE})
-"""These never report a unit attention as their status (SAM-5 §5.14)."""
-
-TargetPdu = (
-    AsyncMessage
-    | DataIn
-    | LogoutResponse
-    | NopIn
-    | R2T
-    | Reject
-    | ScsiResponse
-    | TaskManagementResponse
-    | TextResponse
-)
-Sequenced = ScsiCommand | TaskManagementRequest | NopOut | TextRequest | LogoutRequest
+RECOVERY: Final = 2
+"""The ErrorRecoveryLevel at which a session survives the loss of all its connections."""
 
 
 class Session:
     """`target` is None in a discovery session."""
 
     def __init__(
-        self,
-        connection: Connection,
-        login: TargetLogin,
-        target: Target | None,
-        *,
-        limits: Limits,
-        directory: Directory,
-        stats: Stats,
+        self, login: TargetLogin, target: Target | None, *, limits: Limits, stats: Stats
     ) -> None:
-        self.connection = connection
         self.target = target
         self.limits = limits
         self.parameters = login.parameters
@@ -100,394 +74,268 @@ class Session:
         # ISID at another group are another session.
         self.nexus = (login.initiator_name, login.isid, self.portal_group_tag)
         self.stats = stats
-        self.tasks: dict[int, Task] = {}
-        self.exp_cmd_sn = login.cmd_sn
-        self.max_cmd_sn = serial.add(login.cmd_sn, limits.command_window - 1)
+        self.state = SessionState.LOGGED_IN
         self.discovery = login.session_type == DISCOVERY
         self.units = target.units if target is not None else Units("", {}, 0)
-        self._held: dict[int, Sequenced] = {}
-        self._attentions = {number: [POWER_ON] for number in self.units.by_number}
-        self._frozen_window: int | None = None
-        """Commands that ended while a fault keeps MaxCmdSN where it is."""
-        self.texts = Texts(connection, directory, login.parameters)
-        self._next_tag = 0
-        self._placed: Pdu | None = None
-        """The Data-Out whose data segment the framer puts straight into its task's buffer."""
-        self._logged_out = False
-        self._scope = trio.CancelScope()
+        self.channels: dict[int, Channel] = {}
+        """By CID; those that were lost stay until they are logged out, replaced or timed out."""
+        self.tasks: dict[int, Task] = {}
+        """Active ones, on any connection or on none, by Initiator Task Tag."""
+        self.next_tag = 0
+        self.order = CommandOrder(login.cmd_sn, limits.command_window, self._deliver)
+        self.retransmission = Retransmission(self)
+        self.fence = Fence(self)
+        self.execution = Execution(self)
+        self.managing: set[int] = set()
+        """Initiator Task Tags of task management functions that wait for something."""
+        self.joining = 0
+        """Connections whose login is about to be answered."""
+        self._leading: Channel | None = None
         self._nursery: trio.Nursery | None = None
+        self._scope = trio.CancelScope()
+        self._over = trio.Event()
         self._ended = trio.Event()
-        self._handlers: dict[type, Callable[..., None]] = {
-            ScsiCommand: self._scsi_command,
-            DataOut: self._data_out,
-            NopOut: self._sequenced,
-            TaskManagementRequest: self._sequenced,
-            TextRequest: self._sequenced,
-            LogoutRequest: self._sequenced,
-            SnackRequest: self._snack,
-        }
+        self._failures = 0
 
     # -- life ----------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Until logout, a broken connection, or `end`."""
-        connection = self.connection
+    async def run(self, channel: Channel) -> None:
+        """Serve `channel`; for the leading one, until the session ends."""
+        if channel is not self._leading:
+            await channel.serve()
+            return
         try:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
-                    self._nursery.start_soon(connection.write_loop)
-                    self._nursery.start_soon(self._keep_alive)
-                    connection.flush()
-                    await self._serve()
-                    with trio.move_on_after(_DRAIN_TIMEOUT_S):
-                        await connection.drain()
+                    if self.parameters.error_recovery_level:
+                        self._nursery.start_soon(self.retransmission.watch)
+                    await channel.serve()
+                    await self._over.wait()
                     self._nursery.cancel_scope.cancel()
         finally:
-            for task in self.tasks.values():
-                task.aborted = True
-            connection.close()
-            if self.target is not None:
-                self.target.forget(self)
-            self._ended.set()
+            self._finish()
+
+    def _finish(self) -> None:
+        self._over.set()
+        for task in self.tasks.values():
+            task.aborted = True
+        for channel in list(self.channels.values()):
+            channel.happened(ConnectionEvent.SESSION_CLOSED)
+            channel.drop()
+        if self.target is not None:
+            self.target.forget(self)
+        self._ended.set()
 
     async def end(self) -> None:
-        """Close the connection and wait until no command of this session can write any more."""
-        self.drop()
+        """End the session and wait until no command of it can write any more."""
+        self.kill(SessionEvent.REINSTATED)
         await self._ended.wait()
 
-    def drop(self) -> None:
-        """Close the connection without a word."""
-        self.connection.close()
+    def kill(self, event: SessionEvent = SessionEvent.CLOSED) -> None:
+        """The session is over: its connections close without a word, its commands end."""
+        if may(SESSION_NEXT, Role.TARGET, self.state, event):
+            self.state = session_next(Role.TARGET, self.state, event)
+        self._over.set()
         self._scope.cancel()
+        for channel in list(self.channels.values()):
+            channel.drop()
+        if self.target is not None and not self.execution.running:
+            # Nobody has to wait for this one: its name is free at once.
+            self.target.forget(self)
 
-    async def _serve(self) -> None:
-        connection = self.connection
+    def drop(self) -> None:
+        """Every connection breaks without a word. What that means is up to the recovery level."""
+        for channel in list(self.channels.values()):
+            channel.drop()
+
+    @property
+    def over(self) -> bool:
+        return self._over.is_set()
+
+    def later(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        """Run something that waits beside the readers; it ends with the session."""
+        assert self._nursery is not None
+        if not self.over:
+            self._nursery.start_soon(function, *arguments)
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def add(self, connection: Connection, login: TargetLogin, directory: Directory) -> Channel:
+        """A connection has logged in: the leading one, or one more."""
+        parameters = login.parameters
+        if self._leading is not None:
+            parameters = replace(
+                self.parameters,
+                header_digest=parameters.header_digest,
+                data_digest=parameters.data_digest,
+                max_recv_data_segment_length=parameters.max_recv_data_segment_length,
+                max_send_data_segment_length=parameters.max_send_data_segment_length,
+            )
+        channel = Channel(self, connection, Texts(connection, directory, parameters))
+        self.channels[connection.cid] = channel
+        if self._leading is None:
+            self._leading = channel
+        return channel
+
+    async def join(
+        self, connection: Connection, login: TargetLogin, directory: Directory, exp_stat_sn: int
+    ) -> Channel | None:
+        """One more connection, or a new one in the place of an old one with its CID (§6.3.4).
+
+        `exp_stat_sn` acknowledges what the old one sent (§11.12.9). None if the session ended
+        while the commands of the old connection were.
+        """
+        old = self.channels.get(connection.cid)
+        self.joining += 1
         try:
-            while not self._logged_out:
-                for pdu in await connection.receive():
-                    self._handle(pdu)
-                    if self._logged_out or connection.closed:
-                        break
-                    if connection.queued_bytes > self.limits.send_queue_bytes_max:
-                        await connection.drain()
-                connection.flush()
-        except ConnectionLost:
-            pass
-        except ProtocolViolation as error:
-            # ErrorRecoveryLevel 0: the session ends, the initiator reinstates it (§7.1.5).
-            self.stats.protocol_errors += 1
-            self.stats.last_error = str(error)
+            if old is not None:
+                old.acknowledge(exp_stat_sn)
+                await allegiance.replace(self, old)
+        finally:
+            self.joining -= 1
+        if self.over:
+            return None
+        self.stats.joined += 1
+        self._failures += 1
+        if self.state is SessionState.FAILED:
+            for event in (SessionEvent.CONTINUATION_STARTED, SessionEvent.CONTINUATION_SUCCEEDED):
+                self.state = session_next(Role.TARGET, self.state, event)
+        return self.add(connection, login, directory)
 
-    async def _keep_alive(self) -> None:
-        """Ping a silent initiator; close when it stays silent."""
-        connection, pinged = self.connection, False
-        while True:
-            await trio.sleep(self.limits.ping_interval_s)
-            if connection.heard:
-                connection.heard = pinged = False
-            elif pinged:
-                self.drop()
-            else:
-                pinged = True
-                self.ping()
+    def refuses(self, cid: int) -> bool:
+        """Whether a connection with `cid` would be one too many.
+
+        At level 2 even a session of one connection lets a second one in, to log the first out
+        (§6.3.4).
+        """
+        limit = self.parameters.max_connections
+        if limit == 1 and self.parameters.error_recovery_level == RECOVERY:
+            limit = 2
+        return sum(channel.cid != cid for channel in self.live) >= limit
+
+    @property
+    def live(self) -> list[Channel]:
+        """Connections in full feature phase."""
+        return [channel for channel in self.channels.values() if channel.live]
+
+    @property
+    def connection(self) -> Connection:
+        """The first that is alive, or the last known one of the leading CID."""
+        channel = next(iter(self.live), self._leading)
+        assert channel is not None
+        return channel.connection
+
+    @property
+    def texts(self) -> Texts:
+        """The text exchanges of the leading connection."""
+        assert self._leading is not None
+        return self._leading.texts
+
+    def has(self, connection: Connection) -> bool:
+        return any(channel.connection is connection for channel in self.channels.values())
+
+    def left(self, channel: Channel) -> None:
+        """The connection is closed: in peace after a logout, or it was lost."""
+        if self.over:
+            return
+        if channel.happened(ConnectionEvent.LOST):
+            self.stats.lost_connections += 1
+            allegiance.lost(self, channel)
+        elif self.channels.get(channel.cid) is channel:
+            del self.channels[channel.cid]
+        if not self.over:
+            self.settle()
+
+    def settle(self) -> None:
+        """Without a connection: the session is over, or waits for one (§6.3.5, §6.3.6)."""
+        if self.live or self.joining or self.over or self.state is SessionState.FAILED:
+            return
+        waiting = any(task.channel is None for task in self.tasks.values())
+        if self.parameters.error_recovery_level < RECOVERY or not (self.channels or waiting):
+            self.kill()
+        else:
+            parameters = self.parameters
+            self.fail(parameters.default_time2wait + parameters.default_time2retain)
+
+    def fail(self, delay_s: float) -> None:
+        """The last connection is gone; the session too, unless one comes back in time (§7.5)."""
+        if may(SESSION_NEXT, Role.TARGET, self.state, SessionEvent.FAILED):
+            self.state = session_next(Role.TARGET, self.state, SessionEvent.FAILED)
+        self._failures += 1
+        self.later(self._time_out, self._failures, delay_s)
+
+    async def _time_out(self, failure: int, delay_s: float) -> None:
+        await trio.sleep(delay_s)
+        if failure == self._failures and not self.live:
+            self.stats.timed_out_sessions += 1
+            self.kill(SessionEvent.TIMED_OUT)
+
+    def flush(self) -> None:
+        """Send what is queued, on every connection."""
+        for channel in self.channels.values():
+            channel.connection.flush()
+
+    # -- requests in their turn ----------------------------------------------------------------
+
+    def _deliver(self, channel: Channel, pdu: Sequenced) -> None:
+        """The turn of `pdu` in CmdSN order has come."""
+        match pdu:
+            case ScsiCommand():
+                self.execution.begin(pdu)
+                return
+            case NopOut():
+                if self.target is None or not pong_wrongly(channel, pdu, self.target.faults):
+                    channel.nop_out(pdu)
+            case TaskManagementRequest():
+                manage(self, channel, pdu)
+            case TextRequest():
+                channel.text(pdu)
+            case LogoutRequest():
+                allegiance.log_out(self, channel, pdu)
+        if not pdu.immediate:
+            self.order.ended()
+
+    def carry_out(self, channel: Channel, request: TaskManagementRequest) -> None:
+        """A task management function that a fault has delayed."""
+        carry_out(self, channel, request)
+
+    def new_tag(self) -> int:
+        """A Target Transfer Tag; ffffffff is reserved."""
+        tag = self.next_tag
+        self.next_tag = (tag + 1) % NO_TAG
+        return tag
 
     # -- what tests and faults ask for ---------------------------------------------------------
 
     def ping(self) -> None:
-        """A NOP-In that wants an answer."""
-        self._send(NopIn(target_transfer_tag=self._new_tag(), stat_sn=self.connection.stat_sn))
-        self.connection.flush()
+        """A NOP-In that wants an answer, on the first connection."""
+        for channel in self.live[:1]:
+            channel.ping()
 
     def send_async_message(
         self, event: int, parameters: tuple[int, int, int] = (0, 0, 0), *, vcode: int = 0
     ) -> None:
-        """RFC 7143 §11.9. What the event announces is up to the caller."""
-        self._send_status(AsyncMessage(event, vcode, *parameters))
-        self.connection.flush()
+        """RFC 7143 §11.9, on the first connection. What the event announces does not happen."""
+        for channel in self.live[:1]:
+            events.send(channel, event, parameters, vcode=vcode)
+
+    def act_out(
+        self, event: int, parameters: tuple[int, int, int] = (0, 0, 0), *, vcode: int = 0
+    ) -> None:
+        """As `send_async_message`, and what the event announces happens."""
+        for channel in self.live[:1]:
+            events.act_out(channel, event, parameters, vcode=vcode)
 
     def add_attention(self, number: int, attention: SenseData) -> None:
         """The next command to unit `number` is answered with `attention`."""
-        pending = self._attentions.setdefault(number, [])
-        if attention not in pending:
-            pending.append(attention)
+        self.execution.add_attention(number, attention)
 
     def freeze_window(self) -> None:
         """Commands that end no longer move MaxCmdSN."""
-        if self._frozen_window is None:
-            self._frozen_window = 0
+        self.order.freeze()
 
     def thaw_window(self) -> None:
         """Give back what `freeze_window` kept, and tell the initiator with a NOP-In."""
-        count, self._frozen_window = self._frozen_window or 0, None
-        self.max_cmd_sn = serial.add(self.max_cmd_sn, count)
-        self._send(NopIn(stat_sn=self.connection.stat_sn))
-        self.connection.flush()
-
-    # -- dispatch ------------------------------------------------------------------------------
-
-    def place(self, pdu: Pdu, length: int) -> memoryview | None:
-        """The framer asks where this data segment belongs."""
-        if type(pdu) is not DataOut:
-            return None
-        task = self.tasks.get(pdu.initiator_task_tag)
-        view = task.place(pdu, length) if task is not None else None
-        self._placed = pdu if view is not None else None
-        return view
-
-    def _handle(self, pdu: Pdu) -> None:
-        handler = self._handlers.get(type(pdu))
-        if handler is None:
-            self.reject(pdu, RejectReason.PROTOCOL_ERROR)
-        else:
-            handler(pdu)
-
-    def _sequenced(self, pdu: Sequenced) -> None:
-        """Deliver in CmdSN order; immediate ones at once (RFC 7143 §4.2.2.1)."""
-        if pdu.immediate:
-            self._deliver(pdu)
-            return
-        if not self._in_window(pdu.cmd_sn):
-            return
-        if pdu.cmd_sn != self.exp_cmd_sn:
-            self._held.setdefault(pdu.cmd_sn, pdu)
-            return
-        following: Sequenced | None = pdu
-        while following is not None and not self._logged_out:
-            self.exp_cmd_sn = serial.add(self.exp_cmd_sn, 1)
-            self._deliver(following)
-            following = self._held.pop(self.exp_cmd_sn, None) if self._held else None
-
-    def _in_window(self, cmd_sn: int) -> bool:
-        """Neither old, nor beyond MaxCmdSN; everything else is silently ignored."""
-        size = (self.max_cmd_sn - self.exp_cmd_sn + 1) & 0xFFFF_FFFF
-        return (cmd_sn - self.exp_cmd_sn) & 0xFFFF_FFFF < size
-
-    def _deliver(self, pdu: Sequenced) -> None:
-        match pdu:
-            case ScsiCommand():
-                task = self.tasks.get(pdu.initiator_task_tag)
-                if task is not None and task.pdu is pdu:
-                    self._begin(task)
-                else:
-                    self._command_ended()  # aborted while it was held
-                return
-            case NopOut():
-                self._nop_out(pdu)
-            case TaskManagementRequest():
-                manage(self, pdu)
-            case TextRequest():
-                self._text(pdu)
-            case LogoutRequest():
-                self._logout(pdu)
-        if not pdu.immediate:
-            self._command_ended()
-
-    def _command_ended(self) -> None:
-        """A non-immediate request left: there is room for another."""
-        if self._frozen_window is None:
-            self.max_cmd_sn = serial.add(self.max_cmd_sn, 1)
-        else:
-            self._frozen_window += 1
-
-    # -- SCSI commands -------------------------------------------------------------------------
-
-    def _scsi_command(self, pdu: ScsiCommand) -> None:
-        """A command has arrived; its data may, its turn in CmdSN order need not have."""
-        if not pdu.immediate and (pdu.cmd_sn in self._held or not self._in_window(pdu.cmd_sn)):
-            return
-        if self.discovery:
-            self.reject(pdu, RejectReason.COMMAND_NOT_SUPPORTED)
-            return
-        if pdu.initiator_task_tag in self.tasks:
-            self.reject(pdu, RejectReason.TASK_IN_PROGRESS)
-            return
-        if pdu.immediate and len(self.tasks) >= self.limits.command_window + _IMMEDIATE_MAX:
-            self.reject(pdu, RejectReason.IMMEDIATE_COMMAND_REJECT)
-            return
-        task = Task(pdu, self.units.find(pdu.lun))
-        self.tasks[pdu.initiator_task_tag] = task
-        if pdu.write:
-            wanted = data_out_length(task.unit, pdu.cdb, pdu.expected_data_transfer_length)
-            if type(wanted) is int:
-                task.wanted_bytes = wanted
-            elif type(wanted) is Outcome:
-                task.failure = wanted
-            task.begin_write(self.parameters)
-        self._sequenced(pdu)
-
-    def _begin(self, task: Task) -> None:
-        """The command's turn in CmdSN order."""
-        opcode = task.pdu.cdb[0]
-        self.stats.commands[opcode] += 1
-        task.delivered = True
-        unit = task.unit
-        if unit is not None and self._attentions:
-            pending = self._attentions.get(unit.number)
-            if pending and opcode not in _CLEAR_OF_ATTENTION:
-                task.failure = check_condition(pending.pop(0))
-            elif not pending:
-                self._attentions.pop(unit.number, None)
-        faults = self.target.faults if self.target is not None else None
-        if faults:
-            task.fault = faults.take(opcode)
-            if task.fault is not None:
-                misbehave(self, task, task.fault)
-                return
-        self.advance(task)
-
-    def advance(self, task: Task) -> None:
-        """Ask for more data, or carry the command out if all is here."""
-        if task.aborted or task.started or not task.delivered:
-            return
-        while (r2t := task.next_r2t(self._next_tag, self.parameters)) is not None:
-            self._new_tag()
-            r2t.stat_sn = self.connection.stat_sn
-            self._send(r2t)
-        if not task.complete:
-            return
-        task.started = True
-        if task.failure is not None:
-            self.answer(task, task.failure)
-            return
-        if task.unit is None:
-            self.answer(task, execute_without_unit(self.units, task.pdu.cdb))
-            return
-        result = execute(task.unit, task.pdu.cdb, task.data)
-        if type(result) is Outcome:
-            self.answer(task, result)
-        else:
-            assert isinstance(result, Coroutine)
-            assert self._nursery is not None
-            task.scope, task.finished = trio.CancelScope(), trio.Event()
-            self._nursery.start_soon(self._run, task, result)
-
-    async def _run(self, task: Task, work: Coroutine[object, object, Outcome]) -> None:
-        """A command that has to wait. Cancelled by an abort, it ends without an answer."""
-        assert task.scope is not None
-        assert task.finished is not None
-        try:
-            with task.scope:
-                outcome = await work
-                if not task.aborted:
-                    self.answer(task, outcome)
-                    self.connection.flush()
-        finally:
-            task.finished.set()
-
-    def answer(self, task: Task, outcome: Outcome) -> None:
-        """Queue Data-In and status; the task is over."""
-        self.retire(task)
-        spoil = None
-        if task.fault is not None:
-            if task.fault.act is Act.DROP_AFTER:
-                self.drop()
-                return
-            if task.fault.act is Act.TARGET_FAILURE:
-                self._send_status(target_failure(task))
-                return
-            spoil = task.fault.act
-        for pdu in answers(task, outcome, self.parameters):
-            if type(pdu) is DataIn and not pdu.has_status:
-                self._send(pdu, spoil)
-            else:
-                self._send_status(pdu, spoil)
-
-    def retire(self, task: Task) -> None:
-        """The task is over: its tag is free, its place in the window too."""
-        self.tasks.pop(task.pdu.initiator_task_tag, None)
-        if task.delivered and not task.pdu.immediate:
-            self._command_ended()
-
-    def _data_out(self, pdu: DataOut) -> None:
-        placed, self._placed = self._placed is pdu, None
-        task = self.tasks.get(pdu.initiator_task_tag)
-        if task is None or not task.receive(pdu, placed=placed):
-            self.stats.late_data_out += 1
-        elif pdu.final:
-            self.advance(task)
-
-    # -- other requests ------------------------------------------------------------------------
-
-    def _nop_out(self, pdu: NopOut) -> None:
-        """Echo a ping; an answer to ours (ITT ffffffff) needs nothing."""
-        if pdu.initiator_task_tag == NO_TAG:
-            return
-        data = memoryview(pdu.data)[: self.parameters.max_send_data_segment_length]
-        self._send_status(NopIn(pdu.initiator_task_tag, lun=pdu.lun, data=data))
-
-    def _text(self, pdu: TextRequest) -> None:
-        response = self.texts.receive(pdu)
-        if response is None:
-            self.reject(pdu, RejectReason.PROTOCOL_ERROR)
-        else:
-            self._send_status(response)
-            self.parameters = self.texts.parameters
-
-    def _logout(self, pdu: LogoutRequest) -> None:
-        response = LogoutResponseCode.CLOSED
-        if pdu.reason == LogoutReason.REMOVE_CONNECTION_FOR_RECOVERY:
-            response = LogoutResponseCode.RECOVERY_NOT_SUPPORTED
-        elif pdu.reason == LogoutReason.CLOSE_CONNECTION and pdu.cid != self.connection.cid:
-            response = LogoutResponseCode.CID_NOT_FOUND
-        self._logged_out = response is LogoutResponseCode.CLOSED
-        if self._logged_out:
-            for task in list(self.tasks.values()):
-                self.abort(task)
-        self._send_status(LogoutResponse(pdu.initiator_task_tag, response))
-
-    def _snack(self, pdu: SnackRequest) -> None:
-        """ErrorRecoveryLevel 0 knows no SNACK (RFC 7143 §11.16)."""
-        self.reject(pdu, RejectReason.COMMAND_NOT_SUPPORTED)
-
-    def reject(self, pdu: Pdu, reason: RejectReason) -> None:
-        """A Reject with the header of what is rejected (RFC 7143 §11.17)."""
-        self.stats.rejects += 1
-        header = pdu.pack(len(pdu.ahs) >> 2, len(pdu.data)) + bytes(pdu.ahs)
-        self._send_status(Reject(reason, data=header))
-
-    # -- what task management needs ------------------------------------------------------------
-
-    def abort(self, task: Task) -> trio.Event | None:
-        """End a task without an answer; an event if it still runs and has to be waited for."""
-        task.aborted = True
-        self.retire(task)
-        if task.scope is None or task.finished is None:
-            return None
-        task.scope.cancel()
-        return task.finished
-
-    def plug(self, cmd_sn: int, before: int) -> bool:
-        """Take a CmdSN in the window as received, though its command never came (§11.6.1)."""
-        if not self._in_window(cmd_sn) or not serial.less(cmd_sn, before):
-            return False
-        # A NOP-Out that wants no answer: it fills the gap and does nothing.
-        self._sequenced(NopOut(immediate=False, cmd_sn=cmd_sn))
-        return True
-
-    def respond(self, pdu: TaskManagementResponse) -> None:
-        self._send_status(pdu)
-
-    def later(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
-        """Run something that waits beside the reader; it ends with the session."""
-        assert self._nursery is not None
-        self._nursery.start_soon(function, *arguments)
-
-    # -- sending -------------------------------------------------------------------------------
-
-    def _send(self, pdu: TargetPdu, spoil: Act | None = None) -> None:
-        pdu.exp_cmd_sn, pdu.max_cmd_sn = self.exp_cmd_sn, self.max_cmd_sn
-        self.connection.send(pdu, spoil)
-
-    def _send_status(self, pdu: TargetPdu, spoil: Act | None = None) -> None:
-        """A PDU that takes a StatSN."""
-        connection = self.connection
-        pdu.stat_sn = connection.stat_sn
-        connection.stat_sn = (pdu.stat_sn + 1) & 0xFFFF_FFFF
-        pdu.exp_cmd_sn, pdu.max_cmd_sn = self.exp_cmd_sn, self.max_cmd_sn
-        connection.send(pdu, spoil)
-
-    def _new_tag(self) -> int:
-        """A Target Transfer Tag; ffffffff is reserved."""
-        tag = self._next_tag
-        self._next_tag = (tag + 1) % NO_TAG
-        return tag
+        self.order.thaw()
+        for channel in self.live[:1]:
+            channel.report_window()

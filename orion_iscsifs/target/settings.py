@@ -45,6 +45,10 @@ class Limits:
     default_time2wait: int = 0
     default_time2retain: int = 20
     """How long tasks and sessions outlive their connections (RFC 7143 §7.5)."""
+    task_reporting: tuple[str, ...] = ()
+    """What of TaskReporting is agreed to (§13.23); empty: RFC3720."""
+    iscsi_protocol_level: int | None = None
+    """2: RFC 7144's task management functions; None: 1."""
     recovery_r2ts: bool = True
     """ErrorRecoveryLevel 1: ask again for lost Data-Out; otherwise fail the write (§7.8)."""
     sequence_timeout_s: float = 3.0

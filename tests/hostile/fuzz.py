@@ -1,12 +1,12 @@
 """A property under a fuzzer that is guided by coverage (atheris): `python -m tests.hostile.fuzz`.
 
-    python -m tests.hostile.fuzz PROPERTY --corpus FOLDER [--seconds 60] [--seed N]
+    python -m tests.hostile.fuzz PROPERTY... --corpus FOLDER [--seconds 60] [--seed N]
     python -m tests.hostile.fuzz PROPERTY --input FILE
 
 Begins with the seeds of `seeds.py` and what is in FOLDER; what it finds worth keeping goes there.
 An input that breaks the property is written to FOLDER as `crash-...`, and its traceback to stderr;
 the exit code is not 0 then. An input that takes ten seconds or 1 GiB counts as broken, too.
-`--input` runs one such file again.
+`--input` runs one such file again. Of several properties, the first byte says which it is for.
 """
 
 import argparse
@@ -26,8 +26,8 @@ _INPUT_BYTES_MAX = 4096
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="fuzz", description="fuzz one property")
-    parser.add_argument("property", choices=sorted(PROPERTIES))
+    parser = argparse.ArgumentParser(prog="fuzz", description="fuzz properties")
+    parser.add_argument("properties", nargs="+", choices=sorted(PROPERTIES))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="0: another one each time")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -36,14 +36,23 @@ def main() -> None:
     arguments = parser.parse_args()
     # What a hostile peer makes us log is no news here.
     logging.disable(logging.CRITICAL)
-    check = PROPERTIES[arguments.property]
+    names: list[str] = arguments.properties
+
+    def check(data: bytes) -> None:
+        if len(names) == 1:
+            PROPERTIES[names[0]](data)
+        elif data:
+            PROPERTIES[names[data[0] % len(names)]](data[1:])
+
     if arguments.input is not None:
         check(arguments.input.read_bytes())
         return
     corpus: Path = arguments.corpus
     corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(SEEDS[arguments.property]):
-        (corpus / f"seed-{number:02}").write_bytes(seed)
+    for index, name in enumerate(names):
+        prefix = bytes((index,)) if len(names) > 1 else b""
+        for number, seed in enumerate(SEEDS[name]):
+            (corpus / f"seed-{name}-{number:02}").write_bytes(prefix + seed)
     options = {
         "max_total_time": arguments.seconds,
         "seed": arguments.seed,

@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 import trio
@@ -15,6 +15,7 @@ from orion_iscsifs.initiator.session import Session, open_session
 from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.initiator.wire import Wire
 from orion_iscsifs.protocol.framing import Framer, encode
+from orion_iscsifs.protocol.keys import Parameters
 from orion_iscsifs.protocol.login import Offer, TargetAccess, TargetLogin
 from orion_iscsifs.protocol.pdu import (
     LoginRequest,
@@ -22,6 +23,7 @@ from orion_iscsifs.protocol.pdu import (
     LogoutRequest,
     LogoutResponse,
     NopIn,
+    NopOut,
     Pdu,
     ScsiCommand,
     ScsiResponse,
@@ -48,7 +50,16 @@ OFFER = Offer(
 _P = TypeVar("_P", bound=Pdu)
 
 
+TSIH = 7
 LUN = 0x0001_0000_0000_0000
+
+
+@dataclass
+class Numbers:
+    """What all connections of a played session share."""
+
+    exp_cmd_sn: int = 1
+    max_cmd_sn: int = 32
 
 
 class PlayedConnection:
@@ -59,26 +70,51 @@ class PlayedConnection:
         self.wire = Wire(sock, Framer(data_segment_length_max=1 << 20), "played initiator")
         self.received: list[Pdu] = []
         self.stat_sn = 0
-        self.exp_cmd_sn = 1
-        self.max_cmd_sn = 32
+        self.numbers = Numbers()
+        self.parameters = Parameters()
+        self.access = TargetAccess()
         self.login_request: LoginRequest | None = None
 
-    async def login(self, offer: Offer = OFFER, window: int = 32) -> Self:
+    @property
+    def exp_cmd_sn(self) -> int:
+        return self.numbers.exp_cmd_sn
+
+    @exp_cmd_sn.setter
+    def exp_cmd_sn(self, number: int) -> None:
+        self.numbers.exp_cmd_sn = number & 0xFFFF_FFFF
+
+    @property
+    def max_cmd_sn(self) -> int:
+        return self.numbers.max_cmd_sn
+
+    @max_cmd_sn.setter
+    def max_cmd_sn(self, number: int) -> None:
+        self.numbers.max_cmd_sn = number & 0xFFFF_FFFF
+
+    async def login(
+        self, offer: Offer = OFFER, window: int = 32, *, joins: "PlayedConnection | None" = None
+    ) -> Self:
+        """Let the initiator in; `joins`: into the session of that connection."""
         login = TargetLogin(
             offer=offer,
-            lookup=lambda _name: TargetAccess(),
+            lookup=lambda _name: self.access,
             portal_group_tag=1,
             random_bytes=os.urandom,
-            assign_tsih=lambda _login: 7,
+            assign_tsih=lambda _login: TSIH,
+            find_session=None if joins is None else lambda _login: joins.parameters,
         )
+        if joins is not None:
+            self.numbers = joins.numbers
         while not login.done:
             request = await self.expect(LoginRequest)
             if self.login_request is None:
                 self.login_request = request
+            if self.login_request is request and joins is None:
                 # ExpCmdSN of a new session starts at the CmdSN of its first Login Request.
                 self.exp_cmd_sn = request.cmd_sn
                 self.max_cmd_sn = (request.cmd_sn + window - 1) & 0xFFFF_FFFF
             await self.reply(login.receive(request))
+        self.parameters = login.parameters
         self.wire.framer.header_digest = login.parameters.header_digest
         self.wire.framer.data_digest = login.parameters.data_digest
         return self
@@ -90,9 +126,18 @@ class PlayedConnection:
                 self.received += await self.wire.receive()
         pdu = self.received.pop(0)
         if not getattr(pdu, "immediate", True):
-            self.exp_cmd_sn = (self.exp_cmd_sn + 1) & 0xFFFF_FFFF
-            self.max_cmd_sn = (self.max_cmd_sn + 1) & 0xFFFF_FFFF
+            self.exp_cmd_sn += 1
+            self.max_cmd_sn += 1
         return pdu
+
+    async def next_of(self, kind: type[_P]) -> _P:
+        """The next PDU of this kind; pings that come before it are answered."""
+        while True:
+            pdu = await self.next()
+            if not isinstance(pdu, NopOut) or kind is NopOut:
+                assert isinstance(pdu, kind), f"{pdu} where a {kind.name} was due"
+                return pdu
+            await self.reply(NopIn(pdu.initiator_task_tag, data=bytes(pdu.data)))
 
     async def expect(self, kind: type[_P]) -> _P:
         """The next PDU, which is of this kind."""
@@ -113,6 +158,17 @@ class PlayedConnection:
         if advance:
             self.stat_sn = (self.stat_sn + 1) & 0xFFFF_FFFF
         await self.send(pdu)
+
+    async def damage(self, pdu: Any, *, advance: bool = True, where: int = -1) -> None:
+        """As `reply`, with one byte of the stream wrong: by default, the last of the digest."""
+        pdu.stat_sn, pdu.exp_cmd_sn, pdu.max_cmd_sn = self.stat_sn, self.exp_cmd_sn, self.max_cmd_sn
+        if advance:
+            self.stat_sn = (self.stat_sn + 1) & 0xFFFF_FFFF
+        framer = self.wire.framer
+        pieces = encode(pdu, header_digest=framer.header_digest, data_digest=framer.data_digest)
+        stream = bytearray(b"".join(pieces))
+        stream[where] ^= 0x5A
+        await self.wire.send([stream])
 
     async def send(self, pdu: Pdu) -> None:
         framer = self.wire.framer
@@ -203,11 +259,12 @@ async def played_session(
     window: int = 32,
     logout: bool = True,
     stat_sn: int = 0,
+    access: TargetAccess | None = None,
     **changes: Any,
 ) -> AsyncIterator[tuple[Session, PlayedConnection, PlayedTarget]]:
     """A session that is logged in to a played target; the end of the body logs out.
 
-    `stat_sn` is that of the first Login Response.
+    `stat_sn` is that of the first Login Response, `access` what the first login has to prove.
     """
     target = PlayedTarget()
     config = SessionConfig(**{**_fields(CONFIG), **changes})
@@ -219,6 +276,7 @@ async def played_session(
             async def accept() -> None:
                 connection = await target.accept()
                 connection.stat_sn = stat_sn
+                connection.access = access or connection.access
                 accepted.append(await connection.login(offer, window))
 
             nursery.start_soon(accept)

@@ -1,7 +1,10 @@
 """What a user meets when the address is wrong, and who answers there."""
 
+import os
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -16,7 +19,8 @@ from orion_iscsifs.errors import (
     ProtocolViolation,
     TargetNotFound,
 )
-from orion_iscsifs.initiator.dial import Nexus, Portal, dial
+from orion_iscsifs.initiator.dial import LoggedIn, Nexus, Portal, dial
+from orion_iscsifs.protocol.login import Offer, TargetAccess, TargetLogin
 from orion_iscsifs.protocol.pdu import LoginRequest, LoginResponse, NopIn
 from tests.initiator.peer import ISID, OFFER, TARGET, PlayedConnection, PlayedTarget
 
@@ -148,3 +152,76 @@ async def test_a_target_that_skips_authentication_is_refused() -> None:
     with pytest.raises(AuthenticationFailed) as caught:
         await dial_played(lets_anyone_in, config(auth=auth))
     assert "not-shown" not in caught.value.line
+
+
+# -- whose connection it is -----------------------------------------------------------------------
+
+
+async def logged_in_with(offer: Offer = OFFER, **place: Any) -> tuple[LoggedIn, list[LoginRequest]]:
+    """Log in to a played target; what it was asked."""
+    target = PlayedTarget()
+    settings = SessionConfig(
+        initiator_name="iqn.2026-11.org.example:tester", connections=4, erl=2, login_timeout_s=5
+    )
+    nexus = Nexus(target_name=TARGET, isid=ISID, config=settings)
+    requests: list[LoginRequest] = []
+    results: list[LoggedIn] = []
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def dialled() -> None:
+                results.append(await dial(target.portal, nexus, **place))
+
+            nursery.start_soon(dialled)
+            peer = await target.accept()
+            login = TargetLogin(
+                offer=offer,
+                lookup=lambda _name: TargetAccess(),
+                portal_group_tag=1,
+                random_bytes=os.urandom,
+                assign_tsih=lambda login: login.requested_tsih or 7,
+            )
+            while not login.done:
+                requests.append(await peer.expect(LoginRequest))
+                await peer.reply(login.receive(requests[-1]))
+    finally:
+        target.close()
+    results[0].wire.close()
+    assert results[0].portal == target.portal
+    return results[0], requests
+
+
+@pytest.mark.checklist(36, "6.3.5")
+async def test_a_leading_login_reinstates_the_session_of_its_isid() -> None:
+    """The same ISID and TSIH 0 at every login, whatever the CID."""
+    for cid in (0, 3):
+        logged_in, requests = await logged_in_with(cmd_sn=77, cid=cid)
+        assert {(each.isid, each.tsih, each.cid, each.cmd_sn) for each in requests} == {
+            (ISID, 0, cid, 77)
+        }
+        assert (logged_in.tsih, logged_in.cid, logged_in.cmd_sn) == (7, cid, 77)
+
+
+@pytest.mark.checklist(37, "6.3.4")
+async def test_a_connection_joins_or_comes_back_to_its_session() -> None:
+    leading, _ = await logged_in_with(
+        replace(OFFER, max_connections=4, error_recovery_level=2), cmd_sn=1
+    )
+    assert leading.parameters.max_connections == 4
+    assert leading.parameters.error_recovery_level == 2
+    assert leading.wire.framer.keep_damaged
+    joined, requests = await logged_in_with(
+        cmd_sn=5, cid=2, tsih=7, exp_stat_sn=99, session=leading.parameters
+    )
+    assert {(each.isid, each.tsih, each.cid, each.cmd_sn) for each in requests} == {(ISID, 7, 2, 5)}
+    assert requests[0].exp_stat_sn == 99
+    assert b"MaxConnections" not in b"".join(bytes(each.data) for each in requests)
+    assert (joined.tsih, joined.cid) == (7, 2)
+    assert joined.parameters.max_burst_length == leading.parameters.max_burst_length
+    assert joined.wire.framer.keep_damaged
+
+
+async def test_damaged_data_ends_the_connection_at_level_0() -> None:
+    logged_in, _ = await logged_in_with(cmd_sn=1)
+    assert logged_in.parameters.error_recovery_level == 0
+    assert not logged_in.wire.framer.keep_damaged

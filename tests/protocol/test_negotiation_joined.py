@@ -114,6 +114,15 @@ OFFERS = st.builds(
     data_pdu_in_order=st.booleans(),
     data_sequence_in_order=st.booleans(),
     error_recovery_level=st.integers(0, 2),
+    task_reporting=st.sampled_from(
+        [
+            (),
+            ("RFC3720",),
+            ("RFC3720", "ResponseFence"),
+            ("FastAbort", "ResponseFence", "RFC3720"),
+        ]
+    ),
+    iscsi_protocol_level=st.one_of(st.none(), st.integers(0, 31)),
 )
 
 
@@ -134,9 +143,17 @@ def test_both_sides_come_to_the_same_outcome(left_offer: Offer, right_offer: Off
     assert left.max_burst_length <= min(left_offer.max_burst_length, right_offer.max_burst_length)
     if left.error_recovery_level and left.data_sequence_in_order:
         assert left.max_outstanding_r2t == 1
+    # A side never comes to more than it has offered; what it has not said is left to its role.
+    for offer, usual in ((left_offer, ("ResponseFence", "RFC3720")), (right_offer, ("RFC3720",))):
+        assert left.task_reporting in (offer.task_reporting or usual)
+    levels = [left_offer.iscsi_protocol_level, right_offer.iscsi_protocol_level]
+    assert left.iscsi_protocol_level <= (2 if levels[0] is None else levels[0])
+    assert left.iscsi_protocol_level <= (1 if levels[1] is None else levels[1])
 
 
-NEGOTIATED = [KEYS[name] for name in (*EVERYTHING.values(), "TaskReporting", "OFMarker")]
+NEGOTIATED = [
+    KEYS[name] for name in (*EVERYTHING.values(), "TaskReporting", "iSCSIProtocolLevel", "OFMarker")
+]
 PROPOSALS = st.lists(
     st.tuples(
         st.sampled_from(NEGOTIATED),

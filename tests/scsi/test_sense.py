@@ -31,6 +31,14 @@ def test_fixed_format_leaves_out_an_lba_that_does_not_fit() -> None:
     assert sense.decode_sense(data).information is None
 
 
+def test_the_byte_of_the_cdb_that_is_wrong() -> None:
+    data = SenseData(5, 0x24, 0, cdb_field=2)
+    assert sense.encode_sense(data)[15:] == bytes((0xC0, 0, 2))
+    described = sense.encode_sense(data, descriptor_format=True)
+    assert described[7:] == bytes((8, 2, 6, 0, 0, 0xC0, 0, 2, 0))
+    assert sense.decode_sense(described) == SenseData(5, 0x24, 0)
+
+
 senses = st.builds(
     SenseData,
     key=st.integers(0, 15),

@@ -10,12 +10,15 @@ import trio
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.protocol import serial
 from orion_iscsifs.protocol.framing import Framer, encode
+from orion_iscsifs.protocol.keys import Parameters
 from orion_iscsifs.protocol.login import Credentials, InitiatorLogin, Offer, SessionType
 from orion_iscsifs.protocol.pdu import (
+    NO_TAG,
     R2T,
     DataIn,
     DataOut,
     LoginResponse,
+    NopIn,
     Pdu,
     ScsiCommand,
     ScsiResponse,
@@ -49,24 +52,46 @@ def config(*devices: BlockDevice, chap: Chap | None = None) -> TargetConfig:
     return TargetConfig(iqn=IQN, units=dict(enumerate(devices)), chap=chap)
 
 
-class Client:
-    """One connection in full feature phase. `cmd_sn` is that of the next command."""
+class Numbers:
+    """What the connections of one session share."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self) -> None:
+        self.cmd_sn = 1
+        self.tag = 0x1000
+
+
+class Client:
+    """One connection in full feature phase. `cmd_sn` is that of the next command.
+
+    `acknowledging`: PDUs that are sent carry the ExpStatSN of all that was received.
+    """
+
+    def __init__(self, stream: trio.SocketStream, numbers: Numbers | None = None) -> None:
         self.stream = stream
         self.framer = Framer(data_segment_length_max=1 << 24)
         self.inbox: list[Pdu] = []
-        self.cmd_sn = 1
-        self.tag = 0x1000
+        self.numbers = numbers or Numbers()
+        self.acknowledging = False
+        self.exp_stat_sn = 0
         self.login: InitiatorLogin | None = None
         self.max_cmd_sn = 0
         self.exp_cmd_sn = 0
+
+    @property
+    def cmd_sn(self) -> int:
+        return self.numbers.cmd_sn
+
+    @cmd_sn.setter
+    def cmd_sn(self, value: int) -> None:
+        self.numbers.cmd_sn = value
 
     async def send(self, *pdus: Pdu) -> None:
         """In one segment, as far as TCP goes along."""
         framer = self.framer
         pieces: list[bytes | bytearray | memoryview] = []
         for pdu in pdus:
+            if self.acknowledging and hasattr(pdu, "exp_stat_sn"):
+                pdu.exp_stat_sn = self.exp_stat_sn
             pieces += encode(
                 pdu, header_digest=framer.header_digest, data_digest=framer.data_digest
             )
@@ -85,6 +110,8 @@ class Client:
         pdu = self.inbox.pop(0)
         self.exp_cmd_sn = getattr(pdu, "exp_cmd_sn", self.exp_cmd_sn)
         self.max_cmd_sn = getattr(pdu, "max_cmd_sn", self.max_cmd_sn)
+        if _is_numbered(pdu):
+            self.exp_stat_sn = serial.add(getattr(pdu, "stat_sn", 0), 1)
         return pdu
 
     async def expect(self, kind: type[_P]) -> _P:
@@ -111,7 +138,10 @@ class Client:
         offer: Offer = OFFER,
         isid: bytes = ISID,
         tsih: int = 0,
+        cid: int = 0,
+        exp_stat_sn: int = 0,
         cmd_sn: int = 1,
+        session: Parameters | None = None,
         credentials: Credentials | None = None,
         target_credentials: Credentials | None = None,
         session_type: SessionType = "Normal",
@@ -124,6 +154,9 @@ class Client:
             offer=offer,
             isid=isid,
             tsih=tsih,
+            cid=cid,
+            exp_stat_sn=exp_stat_sn,
+            session=session,
             cmd_sn=cmd_sn,
             initiator_task_tag=0,
             credentials=credentials,
@@ -156,10 +189,10 @@ class Client:
         immediate: bool = False,
     ) -> ScsiCommand:
         """The next command in order; `read` and `write` are expected bytes."""
-        self.tag += 1
+        self.numbers.tag += 1
         pdu = ScsiCommand(
             lun=encode_lun(lun),
-            initiator_task_tag=self.tag,
+            initiator_task_tag=self.numbers.tag,
             cdb=block,
             expected_data_transfer_length=read or write,
             read=read > 0,
@@ -225,12 +258,27 @@ class Client:
             if isinstance(pdu, ScsiResponse):
                 return pdu
             assert isinstance(pdu, R2T), pdu
-            await self.send(*transfer.solicited(pdu))
+            burst = transfer.solicited(pdu)
+            assert burst is not None
+            await self.send(*burst)
 
     async def read(self, lba: int, length: int, *, lun: int = 0, block: int = 512) -> bytes:
         data, status = await self.run(cdb.read(lba, length // block), read=length, lun=lun)
         assert status.status == 0
         return data
+
+
+def _is_numbered(pdu: Pdu) -> bool:
+    """Whether it takes a StatSN (RFC 7143 §4.2.2.2)."""
+    match pdu:
+        case DataIn():
+            return pdu.has_status
+        case NopIn():
+            return pdu.initiator_task_tag != NO_TAG
+        case R2T():
+            return False
+        case _:
+            return True
 
 
 def data_out(
@@ -241,11 +289,33 @@ def data_out(
 
 
 @asynccontextmanager
-async def dialled(running: Running) -> AsyncIterator[Client]:
+async def dialled(running: Running, *, portal: int = 0) -> AsyncIterator[Client]:
     """A TCP connection, not logged in."""
-    host, port = running.portals[0]
+    host, port = running.portals[portal]
     async with await trio.open_tcp_stream(host, port) as stream:
         yield Client(stream)
+
+
+@asynccontextmanager
+async def joined(
+    running: Running, leader: Client, cid: int, *, offer: Offer = OFFER, exp_stat_sn: int = 0
+) -> AsyncIterator[Client]:
+    """One more connection of `leader`'s session, or a new one for a CID of it."""
+    assert leader.login is not None
+    host, port = running.portals[0]
+    async with await trio.open_tcp_stream(host, port) as stream:
+        client = Client(stream, leader.numbers)
+        client.acknowledging = leader.acknowledging
+        await client.log_in(
+            running.targets[0].iqn,
+            offer=offer,
+            tsih=leader.login.tsih,
+            cid=cid,
+            exp_stat_sn=exp_stat_sn,
+            cmd_sn=leader.cmd_sn,
+            session=leader.login.parameters,
+        )
+        yield client
 
 
 @asynccontextmanager

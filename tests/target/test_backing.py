@@ -87,6 +87,19 @@ async def test_extents(path: str) -> None:
         assert length == 65536
 
 
+async def test_extents_of_small_physical_blocks() -> None:
+    async with RamDevice(1 << 20, physical_block_bytes=512) as device:
+        assert device.geometry.physical_block_bytes == 512
+        assert device.geometry.discard_granularity_bytes == 512
+        await device.write(0, b"x" * 4096)
+        await device.write_zeroes(512, 512)
+        assert device.extent(0) == (512, True)
+        assert device.extent(512) == (512, False)
+        assert device.extent(1024) == (3072, True)
+        device.resize(2 << 20)
+        assert device.geometry.physical_block_bytes == 512
+
+
 async def test_a_cold_file_is_read_in_a_thread(path: str) -> None:
     fill(path, b"c" * SIZE)
     async with open_backing(path) as device:

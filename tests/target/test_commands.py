@@ -212,6 +212,30 @@ async def test_compare_and_write() -> None:
         assert await out(client, swap, bytes(512)) == sense.INVALID_FIELD_IN_CDB
 
 
+def orwrite(lba: int, blocks: int, *, fua: bool = False) -> bytes:
+    return (
+        bytes((cdb.OpCode.ORWRITE_16,))
+        + cdb.compare_and_write(lba, 0, fua=fua)[1:10]
+        + bytes((0, 0, 0, blocks, 0, 0))
+    )
+
+
+async def test_orwrite() -> None:
+    async with on_disk() as (client, disk):
+        disk.view[512:1536] = b"\x11" * 1024
+        for fua in (False, True):
+            assert await out(client, orwrite(1, 2, fua=fua), b"\x60" * 512 + bytes(512)) is None
+        assert bytes(disk.view[512:1024]) == b"\x71" * 512
+        assert bytes(disk.view[1024:1536]) == b"\x11" * 512
+        short = await out(client, orwrite(1, 2), b"\xff" * 512)
+        assert short is not None
+        assert (short.key, short.asc) == (5, 0x24)
+        beyond = await out(client, orwrite(BLOCKS, 1), bytes(512))
+        assert beyond is not None
+        assert (beyond.key, beyond.asc) == (5, 0x21)
+        assert bytes(disk.view[512:1024]) == b"\x71" * 512
+
+
 async def test_verify() -> None:
     async with on_disk() as (client, disk):
         disk.view[:1024] = b"v" * 1024

@@ -7,13 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import trio
 
-from orion_iscsifs.cli.target import LunOption, parse_lun, parse_portal
+from orion_iscsifs.cli.target import DEFAULT_IQN, LunOption, parse_lun, parse_portal
 from orion_iscsifs.errors import UsageError
+from orion_iscsifs.protocol.pdu import TextRequest, TextResponse
 from orion_iscsifs.target import Portal
+from tests.target.client import OFFER, Client
 
 SERVE = [sys.executable, "-m", "orion_iscsifs.cli.target", "serve"]
 TIMEOUT_S = 60
@@ -120,6 +125,25 @@ def test_mistakes(options: Sequence[str], message: str) -> None:
     assert done.stderr.startswith("orion-iscsifs: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+async def test_connections_level_and_portal_groups() -> None:
+    options = ["--listen", "127.0.0.1:0,7", "--max-connections", "3", "--erl", "2"]
+    with serving("--lun", "0=ram:1M", *options) as url:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        offer = replace(OFFER, max_connections=8, error_recovery_level=2)
+        async with await trio.open_tcp_stream(parts.hostname, parts.port) as stream:
+            client = Client(stream)
+            await client.log_in(DEFAULT_IQN, offer=offer)
+            assert client.login is not None
+            agreed = client.login.parameters
+            assert (agreed.max_connections, agreed.error_recovery_level) == (3, 2)
+            await client.send(TextRequest(5, data=b"SendTargets=\0", immediate=True))
+            listed = bytes((await client.expect(TextResponse)).data).decode().split("\0")
+        assert listed[1] == f"TargetAddress=127.0.0.1:{parts.port},1"
+        assert re.fullmatch(r"TargetAddress=127\.0\.0\.1:\d+,7", listed[2])
 
 
 # -- other people's initiators ---------------------------------------------------------------------

@@ -1,0 +1,178 @@
+"""Several connections and the recovery levels, as the whole data path meets them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from orion_iscsifs.config import CacheMode, DigestPreference
+from orion_iscsifs.scsi.sense import SenseData, SenseKey
+from orion_iscsifs.target import Fault, Running
+from orion_iscsifs.target.faults import Act
+from orion_iscsifs.target.settings import Limits
+from tests.world import compare_with_model, mount, world
+
+LIMITS = Limits(
+    max_connections=4,
+    error_recovery_level=2,
+    default_time2retain=10,
+    max_recv_data_segment_length=8192,
+    first_burst_length=8192,
+    max_burst_length=65536,
+)
+DIGESTS = {"header_digest": DigestPreference.CRC32C, "data_digest": DigestPreference.CRC32C}
+
+# What costs the session at level 0 and a PDU at level 1.
+LOST = [
+    Fault(act=act, number=number)
+    for act in (Act.CORRUPT_DATA_IN, Act.LOSE_DATA_IN, Act.DUPLICATE_DATA_IN)
+    for number in (0, 1)
+] + [
+    Fault(act=Act.CORRUPT_DATA_DIGEST),
+    Fault(act=Act.LOSE_STATUS),
+    Fault(act=Act.DUPLICATE_STATUS),
+    Fault(act=Act.LOSE_R2T),
+    Fault(act=Act.DUPLICATE_R2T),
+    Fault(act=Act.LOSE_COMMAND),
+    Fault(act=Act.ASK_DATA_ACK),
+    Fault(act=Act.SEPARATE_STATUS),
+    Fault(act=Act.SNACK_REFUSED),
+]
+# What costs a connection, or only time.
+OTHERS = [
+    Fault(act=Act.DROP),
+    Fault(act=Act.DROP_AFTER),
+    Fault(act=Act.DROP_OTHERS),
+    Fault(act=Act.DROP_SESSION),
+    Fault(act=Act.SILENCE),
+    Fault(act=Act.DELAY, delay_s=0.05),
+    Fault(act=Act.ANSWER_AFTER_ABORT),
+    Fault(act=Act.REJECT, code=0x05),
+    Fault(act=Act.PING),
+    Fault(act=Act.NOP_FLOOD, number=20),
+    Fault(act=Act.CLOSE_WINDOW, delay_s=0.05),
+    Fault(act=Act.STALE_MAX_CMD_SN, number=3),
+    Fault(act=Act.INVALID_MAX_CMD_SN),
+    Fault(act=Act.CORRUPT_HEADER_DIGEST),
+    Fault(act=Act.ANSWER, status=2, sense=SenseData(SenseKey.UNIT_ATTENTION, 0x29, 0)),
+    Fault(act=Act.ASYNC_MESSAGE, async_event=1, parameters=(0, 0, 3)),
+    Fault(act=Act.ASYNC_MESSAGE, async_event=3, parameters=(0, 0, 3)),
+    Fault(act=Act.ASYNC_MESSAGE, async_event=4, parameters=(0, 0, 3)),
+]
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 52))]
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORION_ISCSIFS_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("orion_iscsifs.initiator.recovering._ASK_AGAIN_S", 0.1)
+
+
+def _cut_one(running: Running) -> None:
+    """One connection of the session breaks; the others do not know."""
+    for session in running.sessions:
+        connections = list(session.connections)
+        if connections:
+            connections[0].close()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("connections", [1, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_faults_never_change_what_is_read(seed: int, connections: int, level: int) -> None:
+    """As in test_stack, with everything that RFC 7143 §7 knows how to recover from."""
+    config = mount(
+        CacheMode.NONE,
+        command_timeout_s=0.5,
+        replacement_timeout_s=60,
+        connections=connections,
+        erl=level,
+        **DIGESTS,
+    )
+    async with world(config, limits=LIMITS) as parts:
+        running = parts[0]
+
+        async def cut() -> None:
+            _cut_one(running)
+
+        async def restart() -> None:
+            await running.restart()
+
+        with trio.fail_after(100):
+            hits = await compare_with_model(
+                parts,
+                [*LOST, *OTHERS],
+                [cut, cut, restart],
+                seed=f"{seed} {connections} {level}",
+                requests=60,
+            )
+        assert hits > 3
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+@pytest.mark.parametrize("level", [1, 2])
+async def test_lost_pdus_cost_neither_a_connection_nor_a_command(
+    level: int, connections: int
+) -> None:
+    """Recovery within commands and within the connection (§7.1.4.1, §7.1.4.2)."""
+    config = mount(CacheMode.NONE, connections=connections, erl=level, **DIGESTS)
+    faults = [fault for fault in LOST if fault.act is not Act.SNACK_REFUSED]
+    async with world(config, limits=LIMITS) as parts:
+        hits = await compare_with_model(
+            parts, faults, [], seed=f"lost {level} {connections}", requests=60
+        )
+        counters = parts[2].sessions[0].counters
+        assert hits > 3
+        assert (counters.logins, counters.connections_lost) == (1, 0)
+        assert counters.task_management == 0
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+async def test_at_level_2_a_lost_connection_costs_no_command(connections: int) -> None:
+    """Connection recovery (§7.1.4.3): the session lasts, its commands are reassigned."""
+    config = mount(CacheMode.NONE, connections=connections, erl=2)
+    async with world(config, limits=LIMITS) as parts:
+        running, _, stack = parts
+
+        async def cut() -> None:
+            _cut_one(running)
+
+        await compare_with_model(parts, [], [cut], seed=f"cut {connections}", requests=60)
+        counters = stack.sessions[0].counters
+        assert counters.logins == 1
+        assert counters.connections_lost > 3
+        assert counters.commands_reassigned > 0
+
+
+async def test_three_connections_share_the_commands() -> None:
+    async with world(mount(CacheMode.NONE, connections=3), limits=LIMITS) as parts:
+        running, _, stack = parts
+        session = stack.sessions[0]
+        with trio.fail_after(5):
+            while len(session.connections) < 3:
+                await trio.sleep(0.01)
+        script = running.targets[0].faults
+        for _ in range(6):
+            script.add(Fault(act=Act.DELAY, delay_s=0.2))
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(stack.files["lun1"].write, number * 4096, b"x" * 4096)
+            await trio.sleep(0.1)
+            shares = [len(connection.tasks) for connection in session.connections]
+        assert shares == [2, 2, 2]
+        status = stack.status()["sessions"][0]
+        assert [entry["cid"] for entry in status["connections"]] == [0, 1, 2]
+        assert {entry["state"] for entry in status["connections"]} == {"logged-in"}
+
+
+async def test_a_target_with_fewer_connections_is_used_as_far_as_it_goes() -> None:
+    limits = replace(LIMITS, max_connections=2)
+    async with world(mount(CacheMode.NONE, connections=4), limits=limits) as (_, _disk, stack):
+        session = stack.sessions[0]
+        with trio.fail_after(5):
+            while len(session.connections) < 2:
+                await trio.sleep(0.01)
+        await trio.sleep(0.1)
+        assert len(session.connections) == 2
+        await stack.files["lun1"].write(0, b"x" * 512)
