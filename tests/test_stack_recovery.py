@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from orion_iscsifs.config import CacheMode, DigestPreference
+from orion_iscsifs.initiator import dial as dial_module
+from orion_iscsifs.initiator import supervisor as supervisor_module
+from orion_iscsifs.initiator.dial import LoggedIn, Nexus, Portal, Route
 from orion_iscsifs.scsi.sense import SenseData, SenseKey
 from orion_iscsifs.target import Fault, Running
 from orion_iscsifs.target.faults import Act
@@ -72,9 +76,8 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _cut_one(running: Running) -> None:
     """One connection of the session breaks; the others do not know."""
     for session in running.sessions:
-        connections = list(session.connections)
-        if connections:
-            connections[0].close()
+        if session.live:
+            session.live[0].drop()
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -86,6 +89,7 @@ async def test_faults_never_change_what_is_read(seed: int, connections: int, lev
         CacheMode.NONE,
         command_timeout_s=0.5,
         replacement_timeout_s=60,
+        noop_interval_s=0.5,
         connections=connections,
         erl=level,
         **DIGESTS,
@@ -105,7 +109,6 @@ async def test_faults_never_change_what_is_read(seed: int, connections: int, lev
                 [*LOST, *OTHERS],
                 [cut, cut, restart],
                 seed=f"{seed} {connections} {level}",
-                requests=60,
             )
         assert hits > 3
 
@@ -116,12 +119,12 @@ async def test_lost_pdus_cost_neither_a_connection_nor_a_command(
     level: int, connections: int
 ) -> None:
     """Recovery within commands and within the connection (§7.1.4.1, §7.1.4.2)."""
-    config = mount(CacheMode.NONE, connections=connections, erl=level, **DIGESTS)
+    config = mount(
+        CacheMode.NONE, noop_interval_s=0.5, connections=connections, erl=level, **DIGESTS
+    )
     faults = [fault for fault in LOST if fault.act is not Act.SNACK_REFUSED]
     async with world(config, limits=LIMITS) as parts:
-        hits = await compare_with_model(
-            parts, faults, [], seed=f"lost {level} {connections}", requests=60
-        )
+        hits = await compare_with_model(parts, faults, [], seed=f"lost {level} {connections}")
         counters = parts[2].sessions[0].counters
         assert hits > 3
         assert (counters.logins, counters.connections_lost) == (1, 0)
@@ -138,7 +141,8 @@ async def test_at_level_2_a_lost_connection_costs_no_command(connections: int) -
         async def cut() -> None:
             _cut_one(running)
 
-        await compare_with_model(parts, [], [cut], seed=f"cut {connections}", requests=60)
+        faults = [Fault(act=Act.DELAY, delay_s=0.02)]
+        await compare_with_model(parts, faults, [cut], seed=f"cut {connections}")
         counters = stack.sessions[0].counters
         assert counters.logins == 1
         assert counters.connections_lost > 3
@@ -176,3 +180,33 @@ async def test_a_target_with_fewer_connections_is_used_as_far_as_it_goes() -> No
         await trio.sleep(0.1)
         assert len(session.connections) == 2
         await stack.files["lun1"].write(0, b"x" * 512)
+
+
+async def test_a_session_goes_on_over_a_connection_that_joins_during_its_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At level 2 the session outlives its last connection, whoever comes first afterwards."""
+    joined, may_join = trio.Event(), trio.Event()
+    real = dial_module.dial
+
+    async def dial(portal: Portal | Route, nexus: Nexus, **arguments: Any) -> LoggedIn:
+        logged_in = await real(portal, nexus, **arguments)
+        if arguments.get("cid") == 1:
+            joined.set()
+            await may_join.wait()
+        return logged_in
+
+    monkeypatch.setattr(supervisor_module, "dial", dial)
+    limits = replace(LIMITS, default_time2wait=1)
+    config = mount(CacheMode.NONE, connections=2, erl=2)
+    async with world(config, limits=limits) as (running, _, stack):
+        session = stack.sessions[0]
+        with trio.fail_after(10):
+            await joined.wait()
+            running.sessions[0].live[0].drop()
+            while stack.status()["state"] != "recovering":
+                await trio.sleep(0.01)
+            may_join.set()
+            await stack.files["lun1"].write(0, b"x" * 512)
+        assert session.counters.logins == 1
+        assert stack.status()["state"] == "ok"

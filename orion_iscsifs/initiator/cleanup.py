@@ -54,6 +54,8 @@ class Cleanup:
         self._dead = dead
         self._state = CleanupState.CLEANUP_WAIT
         self._begins_at = trio.current_time() + dead.time2wait_s
+        self._reassign: bool | None = None
+        """The target has logged it out, and whether its commands wait to be reassigned."""
 
     @property
     def _recovers(self) -> bool:
@@ -68,6 +70,8 @@ class Cleanup:
             live = self._least_busy()
             if live is None and not self._recovers:
                 return False
+            if live is not None and self._reassign is not None:
+                return self._distribute(reassign=self._reassign)
             self._move(CleanupEvent.STARTED)
             settled = await (self._log_out(live) if live is not None else self._replace())
             self._move(CleanupEvent.SUCCEEDED if settled else CleanupEvent.FAILED)
@@ -104,12 +108,12 @@ class Cleanup:
             return False
         match answer.response:
             case LogoutResponseCode.CLOSED if self._recovers:
+                self._reassign = True
                 await trio.sleep(answer.time2wait_s)
                 return self._distribute(reassign=True)
-            case LogoutResponseCode.CLOSED:
-                return self._distribute(reassign=False)
-            case LogoutResponseCode.CID_NOT_FOUND if not self._recovers:
-                # The target has ended it by itself, and its commands with it.
+            case LogoutResponseCode.CLOSED | LogoutResponseCode.CID_NOT_FOUND:
+                # Not found: the target has ended it by itself, and its commands with it (§7.6 b).
+                self._reassign = False
                 return self._distribute(reassign=False)
         log.warning(
             "%s: logout of connection %d: response %d", session.portal, dead.cid, answer.response
@@ -133,10 +137,7 @@ class Cleanup:
                 except OrionError as error:
                     session.last_error = error
                 else:
-                    if not self._distribute(reassign=True):
-                        return False
-                    supervisor.continued()
-                    return True
+                    return self._distribute(reassign=True)
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _BACKOFF_MAX_S)
         return False

@@ -131,6 +131,11 @@ class Connection:
     def takes_commands(self) -> bool:
         return self.state is ConnectionState.LOGGED_IN and self._failure is None
 
+    @property
+    def is_ending(self) -> bool:
+        """It has failed, and whoever serves it is about to see to its commands, or does."""
+        return self._failure is not None
+
     async def run(self) -> NoReturn:
         """Serve the connection until it ends; raises the OrionError that ended it."""
         try:
@@ -358,8 +363,9 @@ class Connection:
         self.push()
 
     def _pinged(self, pdu: Pdu) -> None:
-        # A target may cut the echo to its own limits (RFC 7143 §11.18); what comes must match.
-        if bytes(pdu.data) != _PING_DATA[: len(pdu.data)]:
+        # A target may cut the echo to its own limits (RFC 7143 §11.18); what comes must match. One
+        # that rejects a ping is alive too.
+        if not isinstance(pdu, Reject) and bytes(pdu.data) != _PING_DATA[: len(pdu.data)]:
             raise ProtocolViolation(pdu.name, "the ping data came back changed", section="11.19")
 
     def _check_commands(self, now: float) -> None:

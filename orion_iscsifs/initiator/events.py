@@ -8,7 +8,6 @@ import trio
 
 from orion_iscsifs.errors import ConnectionLost, OrionError, ProtocolViolation
 from orion_iscsifs.initiator.connection import Connection
-from orion_iscsifs.initiator.recovering import RecoveringInbound
 from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.protocol.keys import Role
 from orion_iscsifs.protocol.pdu import (
@@ -24,7 +23,6 @@ from orion_iscsifs.protocol.pdu import (
     Pdu,
     Reject,
     RejectReason,
-    SnackRequest,
     TextRequest,
     TextResponse,
 )
@@ -51,6 +49,9 @@ _FIN_TIMEOUT_S: Final = 2.0
 _TEXT_TIMEOUT_S: Final = 15.0
 _DRAIN_SHARE: Final = 0.5
 """How much of the time that the target grants is waited for commands to end."""
+
+_ANSWERED_OTHERWISE: Final = frozenset({Opcode.DATA_OUT, Opcode.SNACK_REQUEST})
+"""By the status of the command (§7.3); by `recovering`, out of turn."""
 
 _REASONS: Final[Mapping[int, str]] = {
     RejectReason.DATA_DIGEST_ERROR: "data digest error",
@@ -103,7 +104,7 @@ class Events:
 
     def _logout_requested(self, connection: Connection, pdu: AsyncMessage) -> None:
         event = ConnectionEvent.LOGOUT_ASKED_FOR
-        again = connection.state is ConnectionState.LOGOUT_REQUESTED
+        again = connection.state is not ConnectionState.LOGGED_IN
         if not may(CONNECTION_NEXT, Role.INITIATOR, connection.state, event):
             return
         connection.move(event)
@@ -119,6 +120,10 @@ class Events:
         session = self._session
         with trio.move_on_after(within_s * _DRAIN_SHARE):
             await connection.drained()
+        if not may(
+            CONNECTION_NEXT, Role.INITIATOR, connection.state, ConnectionEvent.LOGOUT_STARTED
+        ):
+            return  # It was lost meanwhile.
         connection.move(ConnectionEvent.LOGOUT_STARTED)
         request = LogoutRequest(
             session.next_tag(),
@@ -180,6 +185,9 @@ class Events:
         if exchange.failure is not None:
             log.warning("%s: the negotiation failed: %s", connection.peer, exchange.failure)
         connection.parameters = exchange.parameters
+        for task in connection.tasks.values():
+            if task.write is not None:
+                task.write.parameters = exchange.parameters
 
     def _tasks_terminated(self, connection: Connection, pdu: AsyncMessage) -> None:
         """Only with TaskReporting=FastAbort, which is not offered (§13.23)."""
@@ -199,19 +207,12 @@ class Events:
         if len(header) < BHS_BYTES:
             return
         opcode, tag = header[0] & 0x3F, int.from_bytes(header[16:20], "big")
-        if opcode == Opcode.SNACK_REQUEST:
-            self._snack_rejected(connection, SnackRequest.unpack(header), pdu.reason)
-        elif opcode == Opcode.SCSI_COMMAND:
+        if opcode == Opcode.SCSI_COMMAND:
             task = connection.tasks.get(tag)
             if task is not None:
                 self._command_rejected(connection, task, pdu.reason, words)
-        elif opcode != Opcode.DATA_OUT and tag in connection.replies:
-            # A rejected Data-Out is answered by the status of its command (§7.3).
+        elif opcode not in _ANSWERED_OTHERWISE and tag in connection.replies:
             connection.replies.pop(tag)(pdu)
-
-    def _snack_rejected(self, connection: Connection, snack: SnackRequest, reason: int) -> None:
-        if isinstance(connection.inbound, RecoveringInbound):
-            connection.inbound.snack_rejected(snack, reason)
 
     def _command_rejected(
         self, connection: Connection, task: Task, reason: int, words: str

@@ -93,7 +93,7 @@ async def log_in(wire: Wire, portal: Portal, nexus: Nexus, place: Place) -> Logg
         expected_portal_group_tag=portal.group_tag,
         challenges=_CHALLENGES,
     )
-    early = await _exchange(wire, login)
+    await _exchange(wire, login)
     parameters = login.parameters
     if login.portal_group_tag_mismatch:
         tag = parameters.target_portal_group_tag
@@ -102,6 +102,8 @@ async def log_in(wire: Wire, portal: Portal, nexus: Nexus, place: Place) -> Logg
     wire.framer.header_digest = parameters.header_digest
     wire.framer.data_digest = parameters.data_digest
     wire.framer.keep_damaged = parameters.error_recovery_level >= 1
+    wire.framer.one_at_a_time = False
+    early = wire.framer.received(0)
     return LoggedIn(
         wire,
         parameters,
@@ -116,11 +118,14 @@ async def log_in(wire: Wire, portal: Portal, nexus: Nexus, place: Place) -> Logg
     )
 
 
-async def _exchange(wire: Wire, login: InitiatorLogin) -> list[Pdu]:
-    """Requests and responses in turn until the login phase is over; what came behind it."""
+async def _exchange(wire: Wire, login: InitiatorLogin) -> None:
+    """Requests and responses in turn until the login phase is over.
+
+    What came behind it has digests as they were agreed on, so it is left uncut.
+    """
+    wire.framer.one_at_a_time = True
     request: LoginRequest | None = login.start()
     answered = False
-    pdus: list[Pdu] = []
     while request is not None:
         try:
             await wire.send(encode(request, header_digest=False, data_digest=False))
@@ -133,14 +138,13 @@ async def _exchange(wire: Wire, login: InitiatorLogin) -> list[Pdu]:
             if answered:
                 raise
             raise _stranger(wire, error) from None
-        response = pdus.pop(0)
+        response = pdus[0]
         if not isinstance(response, LoginResponse):
             raise _misplaced(response)
         answered = True
         request = login.receive(response)
-        if request is not None and pdus:
-            raise _misplaced(pdus[0])
-    return pdus
+        if request is not None and (extra := wire.framer.received(0)):
+            raise _misplaced(extra[0])
 
 
 def _misplaced(pdu: Pdu) -> ProtocolViolation:

@@ -27,6 +27,7 @@ import trio
 from orion_iscsifs.errors import ConnectionLost
 from orion_iscsifs.initiator.connection import CommandTimedOut, Connection
 from orion_iscsifs.initiator.task import Task
+from orion_iscsifs.protocol import serial
 from orion_iscsifs.protocol.pdu import (
     NO_TAG,
     Pdu,
@@ -81,7 +82,10 @@ class TaskManager:
         `lun` is the 64-bit LUN field, `task` the command that ABORT TASK and QUERY TASK refer to.
         Raises ConnectionLost when no answer comes.
         """
+        tag = None if task is None else task.initiator_task_tag
         for _ in range(_REJECTS_MAX):
+            if task is not None and task.initiator_task_tag != tag:
+                break  # It has been issued anew meanwhile, and that one is none of ours.
             connection = self._place(task)
             answer = await connection.request(
                 self._request(function, lun, task), self._answer_timeout_s
@@ -134,7 +138,7 @@ class TaskManager:
 
     async def _climb(self, task: Task) -> None:
         session = self._session
-        tag = task.initiator_task_tag
+        tag, connection = task.initiator_task_tag, task.connection
         error = CommandTimedOut(
             f"{session.portal}: a command got no answer for"
             f" {session.nexus.config.command_timeout_s * task.patience:g} s"
@@ -148,6 +152,8 @@ class TaskManager:
                 ended = False
             if session.tasks.get(tag) is not task:
                 return  # It has been answered after all, or is over in another way.
+            if task.connection is not connection or connection is None or connection.is_ending:
+                return  # Its connection was lost: what comes of it is not ours to say.
             if ended:
                 log.warning("%s: it was ended (%s)", error, rung.__name__.strip("_"))
                 session.hold([task], error)
@@ -156,10 +162,15 @@ class TaskManager:
         session.supervisor.end(error)
 
     async def _abort_task(self, task: Task) -> bool:
-        if self._session.parameters.iscsi_protocol_level >= QUERY_PROTOCOL_LEVEL:
+        session, tag = self._session, task.initiator_task_tag
+        if session.parameters.iscsi_protocol_level >= QUERY_PROTOCOL_LEVEL:
             code = await self.manage(Function.QUERY_TASK, lun=task.lun, task=task)
-            if code == Code.FUNCTION_COMPLETE:
+            if session.tasks.get(tag) is not task:
+                return False
+            taken = serial.less(task.cmd_sn, session.window.exp_cmd_sn)
+            if code == Code.FUNCTION_COMPLETE and taken:
                 return True  # It is not there: it was carried out, and its answer got lost.
+            # An abort also fills the gap that a command leaves which has never arrived (§7.11).
         code = await self.manage(Function.ABORT_TASK, lun=task.lun, task=task)
         return code in (Code.FUNCTION_COMPLETE, Code.TASK_DOES_NOT_EXIST)
 
@@ -197,15 +208,18 @@ class TaskManager:
         task.connection.release(task)
         connection.adopt(task)
         task.started_at = trio.current_time()
+        task.climbing = False
         session.counters.commands_reassigned += 1
         request = self._request(Function.TASK_REASSIGN, 0, task)
         request.ref_cmd_sn, request.exp_data_sn = 0, exp_data_sn
-        connection.replies[request.initiator_task_tag] = partial(self._reassigned, task)
+        connection.replies[request.initiator_task_tag] = partial(
+            self._reassigned, task, task.initiator_task_tag
+        )
         connection.queue(request)
 
-    def _reassigned(self, task: Task, answer: Pdu) -> None:
+    def _reassigned(self, task: Task, tag: int, answer: Pdu) -> None:
         session = self._session
-        if task.connection is None:
+        if session.tasks.get(tag) is not task:
             return
         code = answer.response if isinstance(answer, TaskManagementResponse) else None
         match code:

@@ -20,13 +20,16 @@ from typing import Final
 from orion_iscsifs.errors import ConnectionLost, ProtocolViolation
 from orion_iscsifs.initiator.inbound import Inbound, Link, Owner, Reply
 from orion_iscsifs.initiator.task import Task
+from orion_iscsifs.protocol import serial
 from orion_iscsifs.protocol.framing import Damaged
 from orion_iscsifs.protocol.pdu import (
+    BHS_BYTES,
     NO_TAG,
     R2T,
     AsyncMessage,
     DataIn,
     NopIn,
+    Opcode,
     Pdu,
     Reject,
     ScsiResponse,
@@ -43,6 +46,8 @@ from orion_iscsifs.protocol.recovery import (
 
 _ASK_AGAIN_S: Final = 2.0
 _ASKS_MAX: Final = 4
+_OPCODE: Final = 0x3F
+"""Opcode bits of a header's first byte."""
 
 
 class RecoveringInbound(Inbound):
@@ -75,9 +80,10 @@ class RecoveringInbound(Inbound):
             read.arrived(pdu)
             if pdu.acknowledge:
                 read.acknowledge = pdu
-            if read.acknowledge is not None and not read.missing:
+            if read.acknowledge is not None and not read.missing and not read.given_up:
                 self._acknowledge(read)
         if pdu.has_status:
+            self._expect_status(pdu.stat_sn, pdu.name)
             self._queue.put(pdu.stat_sn, pdu)
         self._settle()
 
@@ -125,9 +131,14 @@ class RecoveringInbound(Inbound):
         lost = pdu.pdu
         task = self._tasks.get(lost.initiator_task_tag)
         if not isinstance(lost, DataIn):
-            # Its header is thrown away too: whatever has not been seen so far is asked for.
-            self._snack(SnackType.STATUS, (self._queue.end, 0))
+            # Its header is thrown away too: whatever has not been seen so far is asked for. It may
+            # have been the answer to such a question.
+            start = self._queue.end if self._queue.missing is None else self._queue.missing[0]
+            self._snack(SnackType.STATUS, (start, 0))
             return
+        if lost.has_status:
+            # It comes again with its data, so there is no need to ask for it as a status.
+            self._queue.expect_below(serial.add(lost.stat_sn, 1), lost.name)
         if task is None:
             self._stray(lost)
             return
@@ -146,19 +157,21 @@ class RecoveringInbound(Inbound):
 
     def _expect_status(self, stat_sn: int, name: str) -> None:
         """A PDU that carries the next StatSN without using it up."""
-        end = self._queue.end
+        start = self._queue.end
         self._queue.expect_below(stat_sn, name)
-        if self._queue.end != end and self._queue.missing is not None:
-            self._snack(SnackType.STATUS, self._queue.missing)
+        if self._queue.end != start:
+            self._snack(SnackType.STATUS, (start, serial.distance(start, stat_sn)))
 
     def _numbered(self, pdu: Reply | ScsiResponse | AsyncMessage | Reject) -> None:
         self._see_window(pdu.exp_cmd_sn, pdu.max_cmd_sn)
         self._expect_status(pdu.stat_sn, pdu.name)
-        self._queue.put(pdu.stat_sn, pdu)
+        fresh = self._queue.put(pdu.stat_sn, pdu)
         if isinstance(pdu, ScsiResponse):
             task = self._tasks.get(pdu.initiator_task_tag)
-            if task is not None and isinstance(task.read, RecoveringRead):
+            if task is not None and isinstance(task.read, RecoveringRead) and not pdu.response:
                 self._ask_for_data(task, task.read, pdu.exp_data_sn)
+        elif isinstance(pdu, Reject) and fresh:
+            self._see_reject(pdu)
         self._settle()
 
     def _settle(self) -> None:
@@ -166,7 +179,11 @@ class RecoveringInbound(Inbound):
         queue = self._queue
         while (pdu := queue.head) is not None:
             task = self._tasks.get(pdu.initiator_task_tag)
-            if task is not None and isinstance(task.read, RecoveringRead):
+            if (
+                task is not None
+                and isinstance(task.read, RecoveringRead)
+                and not task.read.given_up
+            ):
                 if task.read.missing:
                     return
                 task.read.check(pdu.name)
@@ -191,19 +208,31 @@ class RecoveringInbound(Inbound):
         self._link.queue(SnackRequest(kind, tag, lun=lun, beg_run=run[0], run_length=run[1]))
         self.snacks += 1
 
-    def snack_rejected(self, snack: SnackRequest, reason: int) -> None:
+    def _see_reject(self, pdu: Reject) -> None:
+        """A rejected SNACK counts at once: what it asked for may hold up this very Reject."""
+        header = bytes(pdu.data[:BHS_BYTES])
+        if len(header) == BHS_BYTES and header[0] & _OPCODE == Opcode.SNACK_REQUEST:
+            self._snack_rejected(SnackRequest.unpack(header), pdu.reason)
+
+    def _snack_rejected(self, snack: SnackRequest, reason: int) -> None:
         """The target does not resend (§7.8 a). Raises ConnectionLost if nothing else will do."""
-        task = self._tasks.get(snack.initiator_task_tag)
-        if task is None or not isinstance(task.read, RecoveringRead):
-            if snack.type in (SnackType.STATUS, SnackType.DATA_OR_R2T):
-                raise ConnectionLost(
-                    f"the target does not send a lost response again (Reject {reason:#04x})"
-                )
-            return
-        # The status comes, or has come: then the command starts anew.
-        task.read.given_up = True
-        task.read.missing.clear()
-        self._settle()
+        if snack.type == SnackType.STATUS:
+            # Without a gap, the question was about a damaged PDU that had no status.
+            lost = self._queue.missing is not None
+        else:
+            task = self._tasks.get(snack.initiator_task_tag)
+            if snack.type != SnackType.DATA_OR_R2T or task is None:
+                return
+            lost = bool(_missing_of(task))
+            if lost and isinstance(task.read, RecoveringRead):
+                # The status comes, or has come: then the command starts anew.
+                task.read.given_up = True
+                task.read.missing.clear()
+                return
+        if lost:
+            raise ConnectionLost(
+                f"the target does not send a lost response again (Reject {reason:#04x})"
+            )
 
     def check(self, now: float) -> None:
         """Ask again for what stays missing; raises ConnectionLost when asking does not help."""
@@ -234,6 +263,8 @@ class RecoveringInbound(Inbound):
         task = next((task for task in self._tasks.values() if task.cmd_sn == due), None)
         if task is None or task.retries >= _ASKS_MAX or now - task.started_at < _ASK_AGAIN_S:
             return
+        if task.climbing:
+            return  # An abort fills the gap, and must not be followed by its command.
         task.retries += 1
         self._owner.task_unacknowledged(task)
 

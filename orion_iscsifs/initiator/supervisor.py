@@ -171,6 +171,7 @@ class Supervisor:
         # No await from here on: the session is still the one that was checked.
         if not self._is_closed():
             session.go_on()
+            self._short.set()
 
     async def logout(self) -> None:
         """End the session in order, bounded in time; afterwards it is CLOSED."""
@@ -197,7 +198,15 @@ class Supervisor:
     def start(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Run something that waits beside the connections, as long as this session lasts."""
         assert self._nursery is not None
-        self._nursery.start_soon(function, *arguments)
+        self._nursery.start_soon(self._guard, function, *arguments)
+
+    async def _guard(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        try:
+            await function(*arguments)
+        except Exception as error:
+            # A bug, perhaps woken by the target's bytes: the mount has to outlive it.
+            log.exception("%s: the session is given up", self._session.portal)
+            self.end(ConnectionLost(f"{self._session.portal}: internal error: {error!r}"))
 
     def _add(self, logged_in: LoggedIn) -> Connection:
         session = self._session
@@ -252,12 +261,14 @@ class Supervisor:
             settled = await cleanup.run()
         if not settled:
             self.end(error)
+        elif session.state is not State.LOGGED_IN and session.connections:
+            self._continued()
 
     async def replace(self, dead: Connection) -> None:
         """Log in with the CID of a connection that has ended; raises what `dial` raises."""
         self._take_over(await self._dial(dead.portal, dead.cid, dead.inbound.status.exp_stat_sn))
 
-    def continued(self) -> None:
+    def _continued(self) -> None:
         """A session that was without connections goes on (§6.3.6)."""
         session = self._session
         self._move(SessionEvent.CONTINUATION_SUCCEEDED)

@@ -77,6 +77,8 @@ class Framer:
         self.data_digest = False
         self.keep_damaged = False
         """ErrorRecoveryLevel 1 and above: a wrong data digest gives a `Damaged`, not an error."""
+        self.one_at_a_time = False
+        """Stop after each PDU: the last Login Response changes how what follows it is cut up."""
         self.sink = sink
         self._staging = memoryview(bytearray(staging_bytes))
         self._start = 0
@@ -96,6 +98,7 @@ class Framer:
     def received(self, count: int) -> list[Pdu]:
         """Take `count` bytes that were read into `buffers()`; the PDUs they complete.
 
+        With `one_at_a_time` at most one; `received(0)` gives the next of those that are here.
         Raises ProtocolViolation or DigestError; the stream is unusable afterwards.
         """
         done: list[Pdu] = []
@@ -106,6 +109,8 @@ class Framer:
         self._end += count
         while self._rest is None and (pdu := self._next()) is not None:
             done.append(pdu)
+            if self.one_at_a_time:
+                break
         self._make_room()
         return done
 

@@ -101,11 +101,11 @@ class RecoveringRead(ReadTransfer):
         due = 0
         for data_sn in sorted(self._extents):
             start, end = self._extents[data_sn]
-            if start != due:
+            if start != due and start != end:
                 raise ProtocolViolation(
                     pdu, f"BufferOffset {start} where {due} was due", section="11.7.6"
                 )
-            due = end
+            due = max(due, end)
 
     def resume(self) -> int:
         """The task moves to another connection: the ExpDataSN for TASK REASSIGN (§11.5.6).
@@ -128,11 +128,15 @@ class RecoveringWrite(WriteTransfer):
     missing: set[int] = field(default_factory=set)
     """R2TSNs below `r2t_sn` that have not come."""
     asked_bytes: int = 0
+    _replay: range = range(0)
+    """R2TSNs that may come once more, in order: their answers may have died on the way."""
 
     def solicited(self, r2t: R2T) -> Burst | None:
         """The answer to an R2T; None for a duplicate (§7.9). Raises ProtocolViolation."""
         number = r2t.r2t_sn
-        if number < self.r2t_sn and number not in self.missing:
+        if number in self._replay:
+            self._replay = range(number + 1, self._replay.stop)
+        elif number < self.r2t_sn and number not in self.missing:
             return None
         self._check_range(r2t)
         self.expect_below(number + 1)
@@ -162,8 +166,13 @@ class RecoveringWrite(WriteTransfer):
             )
 
     def resume(self) -> None:
-        """The task moves to another connection: the target asks anew for what it lacks."""
+        """The task moves to another connection: the target asks anew for what it lacks.
+
+        No R2T is acknowledged by a reassignment whose ExpDataSN is 0, so each may be a replica of
+        one that was answered on the lost connection (§7.2.2).
+        """
         self.missing.clear()
+        self._replay = range(self.r2t_sn)
 
 
 @dataclass(slots=True)
@@ -177,12 +186,14 @@ class StatusQueue:
     def __post_init__(self) -> None:
         self.end = self.exp_stat_sn
 
-    def put(self, stat_sn: int, pdu: Pdu) -> None:
-        """Take a PDU that carries a status; a duplicate is dropped."""
-        if serial.less(stat_sn, self.exp_stat_sn):
-            return
+    def put(self, stat_sn: int, pdu: Pdu) -> bool:
+        """Take a PDU that carries a status; False: a duplicate, which is dropped."""
+        if serial.distance(self.exp_stat_sn, stat_sn) < 0 or stat_sn in self._held:
+            return False
+        self.expect_below(stat_sn, pdu.name)
         self.expect_below(serial.add(stat_sn, 1), pdu.name)
-        self._held.setdefault(stat_sn, pdu)
+        self._held[stat_sn] = pdu
+        return True
 
     def expect_below(self, stat_sn: int, pdu: str) -> None:
         """Statuses up to this StatSN exist; raises ProtocolViolation for too large a jump."""

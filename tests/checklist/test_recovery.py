@@ -265,7 +265,7 @@ async def test_a_recovery_r2t_is_served() -> None:
 
 @pytest.mark.checklist(54, "7.1.4.1")
 async def test_nothing_is_asked_for_because_an_r2t_is_slow() -> None:
-    """Only the target knows whether it still wants data."""
+    """Only the target knows whether it still wants data. The command itself it has taken."""
     async with (
         recovering(command_timeout_s=8) as (session, peer, _),
         trio.open_nursery() as nursery,
@@ -273,11 +273,33 @@ async def test_nothing_is_asked_for_because_an_r2t_is_slow() -> None:
         running = Running(nursery, session, writes(12000))
         tag = (await peer.expect(ScsiCommand)).initiator_task_tag
         await peer.expect(DataOut)
+        await peer.reply(NopIn(), advance=False)
         await peer.nothing(2.5)
         await peer.reply(R2T(LUN, tag, 1, 0, 8192, 3808), advance=False)
         await peer.expect(DataOut)
         await peer.reply(ScsiResponse(tag))
         await running.done()
+
+
+@pytest.mark.checklist(47, "7.2.1")
+async def test_a_command_that_is_not_acknowledged_is_retried_as_it_was() -> None:
+    """The target may have thrown it away (§7.8); if not, it ignores the duplicate."""
+    async with (
+        recovering(command_timeout_s=8) as (session, peer, _),
+        trio.open_nursery() as nursery,
+    ):
+        running = Running(nursery, session, unit_ready())
+        first = await peer.expect(ScsiCommand)
+        peer.exp_cmd_sn = first.cmd_sn
+        again = await peer.expect(ScsiCommand)
+        assert again.initiator_task_tag == first.initiator_task_tag
+        assert (again.cmd_sn, again.cdb) == (first.cmd_sn, first.cdb)
+        await peer.reply(ScsiResponse(again.initiator_task_tag))
+        assert (await running.done()).status == 0
+        running = Running(nursery, session, unit_ready())
+        assert (await answer(peer)).cmd_sn == first.cmd_sn + 1
+        await running.done()
+        assert session.counters.connections_lost == 0
 
 
 # -- statuses -------------------------------------------------------------------------------------
@@ -339,9 +361,8 @@ async def test_a_status_that_is_not_sent_again_ends_the_connection() -> None:
         peer.stat_sn += 1
         await peer.reply(ScsiResponse(commands[1].initiator_task_tag))
         snack = await peer.expect(SnackRequest)
-        lost, peer.stat_sn = peer.stat_sn, commands[0].exp_stat_sn
+        # Its own StatSN is beyond the gap too, and still it has to be heard.
         await peer.reply(Reject(RejectReason.SNACK_REJECT, data=snack.pack(0, 0)))
-        peer.stat_sn = lost
         again = await (await target.accept()).login(offer(**LEVEL_1))
         assert isinstance(session.last_error, ConnectionLost)
         for _ in running:

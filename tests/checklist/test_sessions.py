@@ -7,10 +7,11 @@ from orion_iscsifs.protocol.pdu import (
     LogoutReason,
     LogoutRequest,
     LogoutResponse,
+    NopIn,
     ScsiCommand,
     ScsiResponse,
 )
-from tests.initiator.peer import ISID, Running, answer, played_session, unit_ready
+from tests.initiator.peer import ISID, LUN, Running, answer, played_session, unit_ready
 
 
 @pytest.mark.checklist(36, "6.3.5")
@@ -42,6 +43,8 @@ async def test_a_session_ends_with_a_logout_and_silence() -> None:
         async def logout() -> None:
             request = await peer.expect(LogoutRequest)
             assert request.reason == LogoutReason.CLOSE_SESSION
+            # Not even the answer to a ping follows.
+            await peer.reply(NopIn(target_transfer_tag=1, lun=LUN), advance=False)
             await peer.nothing()
             await peer.reply(LogoutResponse(request.initiator_task_tag))
 

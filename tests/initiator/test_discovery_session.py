@@ -1,6 +1,7 @@
 """The PDUs of a discovery session, played one by one: what is in order, and what is not."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 import trio
@@ -81,7 +82,7 @@ async def test_requests_wait_for_the_command_window() -> None:
         await peer.reply(TextResponse(again.initiator_task_tag, data=b"getName=iqn.a\0"))
         await peer.serve_logout()
 
-    assert [target.name for target in await ask(play)] == ["iqn.a"]
+    assert [target.name for target in await ask(play, window=1)] == ["iqn.a"]
 
 
 @pytest.mark.checklist(6, "4.2.2.2")
@@ -154,7 +155,7 @@ async def test_a_list_without_end_is_cut_off() -> None:
         nonlocal sent
         part = TextResponse(1, final=False, continued=True, target_transfer_tag=1)
         part.data = b"x" * (1 << 19)
-        with pytest.raises(OrionError):
+        with suppress(OrionError):  # the initiator hangs up
             while True:
                 await peer.expect(TextRequest)
                 await peer.reply(part)

@@ -1,4 +1,4 @@
-"""`discover` and the mount of a whole portal, against real targets and through address translation."""
+"""`discover`, and the mount of a whole portal, against real targets and through translation."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_target_that_refuses_does_not_stop_the_rest(
 
 
 def test_many_embedded_luns(product: Product, make_embedded: MakeEmbedded) -> None:
-    target = make_embedded({number: "ram:1M" for number in range(1, 30)})
+    target = make_embedded(dict.fromkeys(range(1, 30), "ram:1M"))
     (found,) = discovered(product, target.portal_url, "--luns")
     assert [lun["lun"] for lun in found["luns"] if lun["type"] == "disk"] == list(range(1, 30))
 

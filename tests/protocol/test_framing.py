@@ -179,3 +179,17 @@ def test_with_recovery_a_damaged_data_segment_costs_one_pdu() -> None:
     assert damaged.pack(0, 5) == first.pack(0, 5)
     assert isinstance(whole, DataIn)
     assert bytes(whole.data) == b"second"
+
+
+def test_one_at_a_time_leaves_what_follows_uncut() -> None:
+    """Digests begin behind the last Login Response (§13.1), perhaps in the same read."""
+    framer = Framer(data_segment_length_max=8192)
+    framer.one_at_a_time = True
+    stream = wire([NopIn(stat_sn=1)], False, False) + wire([NopIn(stat_sn=2)], True, True)
+    (first,) = feed(framer, stream, [])
+    assert isinstance(first, NopIn)
+    framer.header_digest = framer.data_digest = True
+    framer.one_at_a_time = False
+    (second,) = framer.received(0)
+    assert isinstance(second, NopIn)
+    assert (first.stat_sn, second.stat_sn) == (1, 2)

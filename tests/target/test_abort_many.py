@@ -176,14 +176,12 @@ async def test_a_response_fence_holds_what_follows() -> None:
         follower = two.command(cdb.inquiry(), read=36)
         await two.send(follower)
         await silence(two)
+        await one.expect(NopIn)
         await one.send(NopOut())  # its ExpStatSN acknowledges the response
         _, status = await two.answer()
         assert status.initiator_task_tag == follower.initiator_task_tag
         # The unit attention that tells of the reset is fenced too.
         await two.send(two.command(TUR))
-        await two.expect(NopIn)
-        await silence(two)
-        await two.send(NopOut())
         told = await two.expect(ScsiResponse)
         assert sense_of_response(told.data) == sense.LUN_RESET
         await one.send(one.command(TUR))
