@@ -199,3 +199,14 @@ def test_every_pain_and_quirk_has_an_answer() -> None:
     for row in rows:
         assert len(row) == 3
         assert row[2], row
+
+
+def test_links_lead_somewhere() -> None:
+    """To a page of the manual, and to a heading that it has."""
+    links = re.findall(r"\]\(([\w.]*)(?:#([\w-]+))?\)", PAGE.read_text())
+    assert links
+    for name, anchor in links:
+        page = PAGE.parent / name if name else PAGE
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+        assert not anchor or anchor in anchors, f"{name}#{anchor}"

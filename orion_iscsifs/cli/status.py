@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import click
 
-from orion_iscsifs.cli.report import PROGRAM, warn
+from orion_iscsifs.cli.report import PROGRAM, size, warn
 from orion_iscsifs.config.places import runtime_dir
 from orion_iscsifs.errors import MountError
 from orion_iscsifs.fuse import apart
@@ -143,9 +143,9 @@ def _row(mount: Mapping[str, Any], lun: Mapping[str, Any]) -> list[str]:
         str(mount["mountpoint"]),
         _shown(mount["state"]),
         _shown(lun.get("name")),
-        _size(lun.get("size_bytes")),
+        size(lun.get("size_bytes")),
         _shown(lun.get("cache")),
-        _size(lun.get("dirty_bytes")),
+        size(lun.get("dirty_bytes")),
         _shown(lun.get("errors")),
         str(mount["source"]),
     ]
@@ -153,14 +153,3 @@ def _row(mount: Mapping[str, Any], lun: Mapping[str, Any]) -> list[str]:
 
 def _shown(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def _size(size: int | None) -> str:
-    if size is None:
-        return "-"
-    value, unit = float(size), "B"
-    for larger in ("K", "M", "G", "T"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.1f}".removesuffix(".0") + unit

@@ -37,6 +37,7 @@ class Attempts:
         first, *others = login_order(target, dialled)
         self._next: list[Portal] = [first]
         self._unseen = others
+        self._order = [first, *others]
         self._errors: dict[Portal, OrionError] = {}
 
     async def next(self) -> Portal | None:
@@ -59,7 +60,7 @@ class Attempts:
         if answers or len(self._errors) == 1:
             # What a target said tells more than an address that is not ours to reach.
             return next(iter(answers or self._errors.values()))
-        told = [str(error) for error in self._errors.values()]
+        told = [str(self._errors[portal]) for portal in self._order if portal in self._errors]
         more = len(told) - _NAMED_MAX
         what = "; ".join(told[:_NAMED_MAX]) + (f"; and {more} more" if more > 0 else "")
         return ConnectFailed(
