@@ -27,6 +27,7 @@ _SCHEMES: Final = frozenset({"iscsi", "iscsis"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _TARGET_NAME = re.compile(r"(?:iqn|eui|naa)\.[^\s/]+", re.IGNORECASE)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_ZONE = re.compile(r"[A-Za-z0-9_.:@-]{1,32}")
 _NUMBER = re.compile(r"[0-9]{1,6}")
 _SECRET_KEYS: Final = frozenset({"target_password"})
 _FORM: Final = "write iscsi://host[:port][/iqn[/lun]]"
@@ -150,10 +151,13 @@ def _address(text: str, address: str) -> tuple[str, int]:
 
 def _ipv6(text: str, host: str) -> str:
     host = host.replace("%25", "%")  # RFC 6874 writes a zone as %25eth0
+    _, percent, zone = host.partition("%")
     try:
         ipaddress.IPv6Address(host)
     except ValueError:
         raise _bad(text, f"{host!r} is no IPv6 address", "write [2001:db8::1]:3260") from None
+    if percent and _ZONE.fullmatch(zone) is None:
+        raise _bad(text, f"{zone!r} is no IPv6 zone", "write the interface: [fe80::1%25eth0]")
     return host
 
 

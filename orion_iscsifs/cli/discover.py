@@ -115,7 +115,7 @@ def _print(source: url.Source, found: "list[TargetReport]", *, luns: bool) -> No
 
     out = console()
     if not found:
-        out.print(f"{source.portal}: no targets for this initiator name", markup=False)
+        out.print(f"{source.portal}: no targets for this initiator name")
         return
     out.print(_portal_table(found))
     if luns:
@@ -127,12 +127,15 @@ def _portal_table(found: "list[TargetReport]") -> "Table":
     """One row for each portal, those of a portal group together."""
     from rich.table import Table
 
-    table = Table("TARGET", "PORTAL", "GROUP", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("TARGET", "PORTAL", "GROUP"):
+        # On a narrow terminal a name takes two lines: a part of it would be of no use.
+        table.add_column(title, overflow="fold")
     for report in found:
         for tag, portals in report.target.groups.items():
             for portal in portals:
                 group = "-" if tag is None else str(tag)
-                table.add_row(report.target.name, _plain(str(portal)), group)
+                table.add_row(report.target.name, str(portal), group)
     return table
 
 
@@ -148,7 +151,7 @@ def _lun_table(found: "list[TargetReport]") -> "Table":
         for lun in report.luns:
             table.add_row(name, *_lun_row(lun))
         if not report.luns:
-            remark = "no LUNs" if report.error is None else _plain(one_line(report.error.line))
+            remark = "no LUNs" if report.error is None else one_line(report.error.line)
             table.add_row(name, "-", "-", "-", "-", "-", remark)
     return table
 
@@ -159,11 +162,7 @@ def _lun_row(lun: "LunReport") -> list[str]:
         lun.kind,
         size(lun.size_bytes),
         "-" if lun.block_bytes is None else str(lun.block_bytes),
-        _plain(f"{lun.vendor} {lun.product} {lun.revision}".strip()) or "-",
-        "" if lun.error is None else _plain(one_line(lun.error.line)),
+        f"{lun.vendor} {lun.product} {lun.revision}".strip() or "-",
+        "" if lun.error is None else one_line(lun.error.line),
     ]
 
-
-def _plain(text: str) -> str:
-    """Text that rich must not take for markup."""
-    return text.replace("[", "\\[")

@@ -135,7 +135,7 @@ def _print(found: list[Status]) -> None:
     for mount in found:
         for session in mount["sessions"]:
             if session.get("state") != "logged-in" and session.get("last_error"):
-                out.print(f"{session['target']}: {session['last_error']}", markup=False)
+                out.print(f"{session['target']}: {session['last_error']}")
 
 
 def _row(mount: Mapping[str, Any], lun: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,8 @@
-"""Where tables go: stdout, without colours when asked, never squeezed when it is no terminal."""
+"""Where tables go: stdout, without colours when asked, never squeezed when it is no terminal.
+
+What is printed is text as it stands: rich would take `[fe80::1]` for a style, leave it out, and
+make a picture of the `:key:` in a target's name.
+"""
 
 import os
 import sys
@@ -15,4 +19,6 @@ def console() -> Console:
         no_color=bool(os.environ.get("NO_COLOR")) or None,
         width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE,
         highlight=False,
+        markup=False,
+        emoji=False,
     )

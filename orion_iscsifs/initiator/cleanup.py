@@ -15,6 +15,10 @@ None of it begins before Time2Wait is over, or has a use after Time2Retain (§7.
 every command: what the target has not acknowledged by ExpCmdSN it discards, so it is *retried*
 with its old CmdSN, which also plugs the gap (§7.2.1). What it has acknowledged is *reassigned* at
 level 2 (§7.2.2); below, the target has ended it, and it is issued *anew*.
+
+Some targets (tgt) take every logout for one of the connection that carries it: they close that one,
+and the dead one lives on. So below level 2 a ping follows the logout, and without an answer to it
+nothing is settled: a new session ends everything.
 """
 
 import logging
@@ -31,6 +35,7 @@ from orion_iscsifs.protocol.pdu import (
     LogoutRequest,
     LogoutResponse,
     LogoutResponseCode,
+    NopOut,
 )
 from orion_iscsifs.protocol.states import CleanupEvent, CleanupState, cleanup_next
 
@@ -56,6 +61,8 @@ class Cleanup:
         self._begins_at = trio.current_time() + dead.time2wait_s
         self._reassign: bool | None = None
         """The target has logged it out, and whether its commands wait to be reassigned."""
+        self._misread = False
+        """The target has logged the wrong connection out."""
 
     @property
     def _recovers(self) -> bool:
@@ -75,7 +82,7 @@ class Cleanup:
             self._move(CleanupEvent.STARTED)
             settled = await (self._log_out(live) if live is not None else self._replace())
             self._move(CleanupEvent.SUCCEEDED if settled else CleanupEvent.FAILED)
-            if settled or live is None:
+            if settled or live is None or self._misread:
                 return settled
         return False
 
@@ -113,6 +120,8 @@ class Cleanup:
                 return self._distribute(reassign=True)
             case LogoutResponseCode.CLOSED | LogoutResponseCode.CID_NOT_FOUND:
                 # Not found: the target has ended it by itself, and its commands with it (§7.6 b).
+                if not await self._survives(live):
+                    return False
                 self._reassign = False
                 return self._distribute(reassign=False)
         log.warning(
@@ -120,6 +129,23 @@ class Cleanup:
         )
         await trio.sleep(answer.time2wait_s)
         return False
+
+    async def _survives(self, carrier: Connection) -> bool:
+        """Whether the connection that carried the logout is still there."""
+        session = self._session
+        ping = NopOut(session.next_tag(), cmd_sn=session.window.cmd_sn)
+        try:
+            await carrier.request(ping, LOGOUT_TIMEOUT_S)
+        except ConnectionLost as error:
+            log.warning(
+                "%s: the logout of connection %d has ended connection %d: %s",
+                session.portal,
+                self._dead.cid,
+                carrier.cid,
+                error,
+            )
+            self._misread = True
+        return not self._misread
 
     async def _replace(self) -> bool:
         """Connection reinstatement: a login that logs the old connection out (§6.3.4)."""

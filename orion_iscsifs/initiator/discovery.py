@@ -98,7 +98,7 @@ async def discover(portal: Portal, config: SessionConfig, isid: bytes) -> list[D
     """
     nexus = Nexus(target_name=None, isid=isid, config=config)
     logged_in = await dial(portal, nexus, cmd_sn=_FIRST_CMD_SN)
-    reached = logged_in.wire.local.rpartition(":")[0]
+    reached = logged_in.wire.local.rpartition(":")[0].strip("[]")
     session = _DiscoverySession(logged_in, portal, config.command_timeout_s or float("inf"))
     try:
         try:

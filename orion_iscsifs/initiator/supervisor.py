@@ -67,6 +67,8 @@ class Supervisor:
         """CIDs of dead connections whose commands are not settled."""
         self._life = trio.CancelScope(shield=True)
         self._wanted = 1
+        self._checked = False
+        """The checks after the login are done: it is known whose disks these are."""
         self._time2wait_s = 0.0
 
     # -- the session's life ------------------------------------------------------------------
@@ -86,9 +88,9 @@ class Supervisor:
             while True:
                 async with trio.open_nursery() as self._nursery:
                     for connection in list(session.connections):
-                        self._nursery.start_soon(self._serve, connection)
-                    self._nursery.start_soon(self._resume)
-                    self._nursery.start_soon(self._replenish)
+                        self.start(self._serve, connection)
+                    self.start(self._resume)
+                    self.start(self._replenish)
                     await self._over.wait()
                     self._nursery.cancel_scope.cancel()
                 if self._is_closed():
@@ -141,7 +143,8 @@ class Supervisor:
         session.counters.logins += 1
         self._wanted = min(session.nexus.config.connections, session.parameters.max_connections)
         self._add(logged_in)
-        if session.state is State.CLOSED or not session.checks:
+        self._checked = session.state is State.CLOSED or not session.checks
+        if self._checked:
             session.state = State.LOGGED_IN
 
     def _move(self, event: SessionEvent) -> None:
@@ -170,6 +173,7 @@ class Supervisor:
             return
         # No await from here on: the session is still the one that was checked.
         if not self._is_closed():
+            self._checked = True
             session.go_on()
             self._short.set()
 
@@ -242,7 +246,8 @@ class Supervisor:
         """Settle the commands of a connection that has ended, or end the session."""
         session = self._session
         if not session.connections:
-            if session.parameters.error_recovery_level < 2 or dead.logged_out:
+            recovers = session.parameters.error_recovery_level == 2 and not dead.logged_out
+            if not recovers or not self._checked:
                 self.end(error, dead.time2wait_s)
                 return
             session.outage.lost(trio.current_time(), dead.time2wait_s)

@@ -53,6 +53,23 @@ def context(config: TlsConfig) -> ssl.SSLContext:
         raise CertificateRefused(str(error), advice=error.advice) from None
 
 
+def _secured(sock: socket.socket, peer: str, tls: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+    """`sock` with TLS, not a byte of it exchanged yet; raises TlsError, and closes it then."""
+    # An IPv6 zone is ours alone and in no certificate, nor is the dot that ends a full name.
+    name = host.partition("%")[0].rstrip(".")
+    try:
+        # Both are looked at again in there, where a failure would leave the socket open.
+        name.encode("idna")
+        sock.getpeername()
+        return tls.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=name)
+    except ValueError as error:
+        sock.close()
+        raise TlsError(f"{peer}: this host name can't be in a certificate: {error}") from None
+    except OSError as error:
+        sock.close()
+        raise handshake_error(peer, error) from None
+
+
 class TlsWire(Wire):
     """A `Wire` whose bytes are encrypted. `handshake` comes first.
 
@@ -67,14 +84,7 @@ class TlsWire(Wire):
     def __init__(
         self, sock: socket.socket, framer: Framer, peer: str, tls: ssl.SSLContext, host: str
     ) -> None:
-        # An IPv6 zone is ours alone and in no certificate, nor is the dot that ends a full name.
-        name = host.partition("%")[0].rstrip(".")
-        try:
-            secured = tls.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=name)
-        except ValueError as error:
-            sock.close()
-            raise TlsError(f"{peer}: this host name can't be in a certificate: {error}") from None
-        super().__init__(secured, framer, peer)
+        super().__init__(_secured(sock, peer, tls, host), framer, peer)
         self._failure: TransportError | None = None
         self._heard = False
         self._unfinished: Buffer | None = None

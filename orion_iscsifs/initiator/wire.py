@@ -37,7 +37,7 @@ class Wire:
     @property
     def local(self) -> str:
         host, port = self._sock.getsockname()[:2]
-        return f"{host}:{port}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def shutdown(self) -> None:
         """Nothing more is sent or received; `close` still has to follow."""

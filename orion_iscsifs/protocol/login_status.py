@@ -14,7 +14,7 @@ from orion_iscsifs.errors import (
     TargetUnavailable,
 )
 from orion_iscsifs.protocol.pdu import LoginResponse
-from orion_iscsifs.protocol.text import TextReader
+from orion_iscsifs.protocol.text import TextReader, printable
 
 
 class LoginStatus(enum.IntEnum):
@@ -160,7 +160,8 @@ def _redirection(response: LoginResponse, who: str) -> LoginRedirected:
         raise ProtocolViolation(response.name, problem, section="11.13.5")
     permanent = response.status_detail == LoginStatus.MOVED_PERMANENTLY & 0xFF
     return LoginRedirected(
-        f"{who}: the target has moved {'permanently' if permanent else 'for now'} to {portal}",
+        f"{who}: the target has moved {'permanently' if permanent else 'for now'} "
+        f"to {printable(portal)}",
         portal=portal,
         permanent=permanent,
         status_detail=response.status_detail,

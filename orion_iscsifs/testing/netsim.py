@@ -10,7 +10,8 @@ the loop has run it, so that after `cut()` returned the connections *are* cut. T
 belong to the loop's thread alone; there is no lock.
 
 What the controls stage:
-* `cut()`: every connection is reset (RST) at both ends; new ones are welcome.
+* `cut()`: every connection is reset (RST) at both ends; new ones are welcome. `cut_one(n)`: the
+  nth of those that stand, in the order in which they came.
 * `refuse()`/`accept()`: the port refuses connections, as a host without the service does.
 * `stall()`/`flow()`: bytes stop, connections stay; new ones are accepted and get no answer, as a
   target that hangs or a network that swallows packets does.
@@ -100,6 +101,18 @@ class TcpProxy:
 
         self._control(reset_all)
         return counted[0]
+
+    def cut_one(self, number: int) -> bool:
+        """Reset one connection, numbered from 0; False: there are not so many."""
+        found: list[bool] = []
+
+        def reset_one() -> None:
+            found.append(number < len(self._pairs))
+            if found[0]:
+                self._drop(self._pairs[number], reset=True)
+
+        self._control(reset_one)
+        return found[0]
 
     def refuse(self) -> None:
         """Refuse connections from now on, and cut those that exist."""

@@ -81,12 +81,12 @@ async def logged_out(peer: PlayedConnection, reason: LogoutReason, cid: int) -> 
     await peer.reply(LogoutResponse(request.initiator_task_tag))
 
 
-async def reassigned(peer: PlayedConnection, tag: int) -> TaskManagementRequest:
-    """TASK REASSIGN for the command with this tag is confirmed."""
+async def reassigned(peer: PlayedConnection, tag: int, code: int = 0) -> TaskManagementRequest:
+    """TASK REASSIGN for the command with this tag is confirmed (LIO says 255 for that)."""
     request = await peer.expect(TaskManagementRequest)
     assert (request.function, request.immediate) == (TaskManagementFunction.TASK_REASSIGN, True)
     assert request.referenced_task_tag == tag != request.initiator_task_tag
-    await peer.reply(TaskManagementResponse(request.initiator_task_tag))
+    await peer.reply(TaskManagementResponse(request.initiator_task_tag, code))
     return request
 
 
@@ -376,7 +376,8 @@ async def test_a_write_goes_on_where_the_target_wants_it() -> None:
 
 @pytest.mark.checklist(37, "6.3.4")
 @pytest.mark.checklist(53, "7.2.2")
-async def test_the_only_connection_is_reinstated() -> None:
+@pytest.mark.parametrize("code", [0, 255])
+async def test_the_only_connection_is_reinstated(code: int) -> None:
     """A login with its TSIH and CID, then TASK REASSIGN; the session is the same."""
     async with (
         played_session(LEVEL_2, erl=2) as (session, peer, target),
@@ -391,7 +392,7 @@ async def test_the_only_connection_is_reinstated() -> None:
         request = again.login_request
         assert request is not None
         assert (request.isid, request.tsih, request.cid) == (ISID, TSIH, 0)
-        assert (await reassigned(again, tag)).exp_data_sn == 1
+        assert (await reassigned(again, tag, code)).exp_data_sn == 1
         await again.reply(DataIn(tag, 1, 4, data=b"bbbb", final=True, has_status=True))
         assert content(await running.done()) == b"aaaabbbb"
         assert session.counters.logins == 1

@@ -7,7 +7,8 @@ import trio
 
 from orion_iscsifs.errors import ConnectionLost
 from orion_iscsifs.initiator import supervisor as supervisor_module
-from orion_iscsifs.initiator.session import State
+from orion_iscsifs.initiator.outage import State
+from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.protocol.pdu import (
     R2T,
     DataIn,
@@ -90,7 +91,7 @@ async def test_a_reinstated_session_gets_all_its_connections_back() -> None:
             await task.done()
 
 
-def _urgent() -> object:
+def _urgent() -> Task:
     task = unit_ready()
     task.urgent = True
     return task

@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -478,3 +479,34 @@ async def test_after_a_shutdown_nothing_is_read_undecrypted(made: Certificates) 
         await wire.send([b"x" * 100_000])
     wire.close()
     await trio.aclose_forcefully(other)
+
+
+@pytest.mark.parametrize("said", [b"", b"hello"])
+async def test_reset_before_the_handshake(made: Certificates, said: bytes) -> None:
+    """Between our connection and our first byte: an error in words, and no socket is left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+        other.send(said)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        other.close()
+        ours.setblocking(False)
+        await trio.lowlevel.wait_readable(ours)
+        descriptor = ours.fileno()
+        framer = Framer(data_segment_length_max=8192)
+        trust = context(TlsConfig(ca=str(made.ours.ca)))
+        with pytest.raises(TlsError, match="closed during the TLS handshake"):
+            TlsWire(ours, framer, "127.0.0.1:3260", trust, "localhost")
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+async def test_a_host_name_that_no_certificate_has_leaves_no_socket(made: Certificates) -> None:
+    ours, other = socket.socketpair()
+    descriptor = ours.fileno()
+    framer = Framer(data_segment_length_max=8192)
+    trust = context(TlsConfig(ca=str(made.ours.ca)))
+    with other, pytest.raises(TlsError, match="can't be in a certificate"):
+        TlsWire(ours, framer, "x:3260", trust, "a" * 70 + ".example")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

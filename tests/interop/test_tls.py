@@ -73,7 +73,14 @@ def test_data_through_tls(product: Product, secured: Secured) -> None:
 @pytest.mark.interop("fio")
 def test_fio_verifies_through_tls(product: Product, secured: Secured) -> None:
     """Random writes of mixed sizes at depth 16, without the cache, read back and compared."""
-    job = ["--name=tls", "--rw=randwrite", "--bsrange=4k-256k", "--size=16M", "--ioengine=libaio"]
+    job = [
+        "--name=tls",
+        "--verify_state_save=0",
+        "--rw=randwrite",
+        "--bsrange=4k-256k",
+        "--size=16M",
+        "--ioengine=libaio",
+    ]
     job += ["--iodepth=16", "--direct=1", "--verify=crc32c", "--do_verify=1", "--minimal"]
     with product.mounted(secured.url, secured.trust, "cache=none") as mountpoint:
         run(["fio", *job, f"--filename={mountpoint / 'lun1'}"], timeout_s=60)
