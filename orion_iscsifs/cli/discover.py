@@ -165,4 +165,3 @@ def _lun_row(lun: "LunReport") -> list[str]:
         f"{lun.vendor} {lun.product} {lun.revision}".strip() or "-",
         "" if lun.error is None else one_line(lun.error.line),
     ]
-

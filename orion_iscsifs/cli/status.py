@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -20,6 +20,9 @@ from orion_iscsifs.fuse import apart
 from orion_iscsifs.fuse import mountpoint as mountpoints
 from orion_iscsifs.monitor.control import ControlClient, DaemonSilent, clients, socket_path
 from orion_iscsifs.monitor.status import Status, document, mount_status
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _ANSWER_TIMEOUT_S: Final = 5.0
 _ASKED_AT_ONCE_MAX: Final = 32
@@ -116,26 +119,49 @@ def _outline(mount: mountpoints.Mounted, state: str | None, pid: int | None) -> 
 
 
 def _print(found: list[Status]) -> None:
-    from rich.table import Table
-
     from orion_iscsifs.cli.tables import console
 
     out = console()
     if not found:
         out.print("nothing is mounted")
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("MOUNTPOINT", "STATE", "LUN", "SIZE", "CACHE", "DIRTY", "ERRORS", "SOURCE"):
-        right = title in {"SIZE", "DIRTY", "ERRORS"}
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    luns = _table("MOUNTPOINT", "STATE", "LUN", "SIZE", "CACHE", "DIRTY", "ERRORS", "SOURCE")
+    sessions = _table("TARGET", "PORTAL", "SESSION", "CONNECTIONS", "LEVEL")
     for mount in found:
         for lun in mount["luns"] or [{}]:
-            table.add_row(*_row(mount, lun))
-    out.print(table)
+            luns.add_row(*_row(mount, lun))
+        for session in mount["sessions"]:
+            sessions.add_row(*_session_row(session))
+    out.print(luns)
+    if sessions.row_count:
+        out.print()
+        out.print(sessions)
     for mount in found:
         for session in mount["sessions"]:
             if session.get("state") != "logged-in" and session.get("last_error"):
                 out.print(f"{session['target']}: {session['last_error']}")
+
+
+def _table(*titles: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        right = title in {"SIZE", "DIRTY", "ERRORS", "CONNECTIONS", "LEVEL"}
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _session_row(session: Mapping[str, Any]) -> list[str]:
+    connections = session.get("connections") or [{}]
+    up = sum(one.get("state") == "logged-in" for one in connections)
+    return [
+        _shown(session.get("target")),
+        _shown(connections[0].get("portal")),
+        _shown(session.get("state")),
+        str(up),
+        _shown(session.get("error_recovery_level")),
+    ]
 
 
 def _row(mount: Mapping[str, Any], lun: Mapping[str, Any]) -> list[str]:

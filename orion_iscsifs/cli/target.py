@@ -27,6 +27,7 @@ from orion_iscsifs.target import (
     open_backing,
     serve,
 )
+from orion_iscsifs.target.portals import bracketed
 from orion_iscsifs.target.settings import Limits
 
 DEFAULT_IQN: Final = "iqn.2026-11.org.orion-iscsifs:disk"
@@ -139,10 +140,14 @@ def target() -> None:
     "--listen",
     "listen",
     multiple=True,
+    default=[DEFAULT_LISTEN],
+    show_default=True,
     metavar="HOST:PORT[,GROUP]",
     help="A portal; repeatable. A session stays within a portal group (1, if not given).",
 )
-@click.option("--iqn", default=DEFAULT_IQN, show_default=True, metavar="NAME")
+@click.option(
+    "--iqn", default=DEFAULT_IQN, show_default=True, metavar="NAME", help="The target's iSCSI name."
+)
 @click.option(
     "--lun",
     "luns",
@@ -151,10 +156,20 @@ def target() -> None:
     metavar="N=PATH[,size=SIZE][,ro][,block=4096][,physical=512]",
     help="A logical unit; repeatable. PATH may be ram:SIZE.",
 )
-@click.option("--chap-user", metavar="U")
-@click.option("--chap-secret-file", type=click.Path(path_type=Path), metavar="F")
-@click.option("--mutual-user", metavar="U")
-@click.option("--mutual-secret-file", type=click.Path(path_type=Path), metavar="F")
+@click.option("--chap-user", metavar="U", help="Initiators must log in with CHAP as this user.")
+@click.option(
+    "--chap-secret-file",
+    type=click.Path(path_type=Path),
+    metavar="F",
+    help="Holds the secret of --chap-user.",
+)
+@click.option("--mutual-user", metavar="U", help="The target proves itself as this user too.")
+@click.option(
+    "--mutual-secret-file",
+    type=click.Path(path_type=Path),
+    metavar="F",
+    help="Holds the secret of --mutual-user.",
+)
 @click.option(
     "--max-connections",
     type=int,
@@ -197,7 +212,7 @@ def serve_command(
         units = [parse_lun(text) for text in luns]
         if len({unit.number for unit in units}) != len(units):
             raise UsageError("--lun: the same number twice")
-        portals = [parse_portal(text) for text in listen or (DEFAULT_LISTEN,)]
+        portals = [parse_portal(text) for text in listen]
         chap = _chap(chap_user, chap_secret_file, mutual_user, mutual_secret_file)
         limits = Limits(digests=digests, max_connections=max_connections, error_recovery_level=erl)
         trio.run(_serve, iqn, units, portals, chap, limits)
@@ -223,6 +238,9 @@ async def _serve(
             running = await stack.enter_async_context(serve([config], portals, limits=limits))
             click.echo(f"ready {running.url()}")
             sys.stdout.flush()
+            if len(portals) > 1:
+                for (host, port), group in zip(running.portals, running.portal_groups, strict=True):
+                    click.echo(f"portal {bracketed(host)}:{port},{group}", err=True)
             async for _ in signals:
                 break
 

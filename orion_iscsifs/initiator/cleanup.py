@@ -28,6 +28,7 @@ import trio
 
 from orion_iscsifs.errors import ConnectionLost, LoginError, OrionError
 from orion_iscsifs.initiator.connection import Connection
+from orion_iscsifs.initiator.outage import TIME2WAIT_MAX_S
 from orion_iscsifs.protocol import serial
 from orion_iscsifs.protocol.keys import Role
 from orion_iscsifs.protocol.pdu import (
@@ -58,7 +59,7 @@ class Cleanup:
         self._session = session
         self._dead = dead
         self._state = CleanupState.CLEANUP_WAIT
-        self._begins_at = trio.current_time() + dead.time2wait_s
+        self._begins_at = trio.current_time() + min(dead.time2wait_s, TIME2WAIT_MAX_S)
         self._reassign: bool | None = None
         """The target has logged it out, and whether its commands wait to be reassigned."""
         self._misread = False
@@ -116,18 +117,18 @@ class Cleanup:
         match answer.response:
             case LogoutResponseCode.CLOSED if self._recovers:
                 self._reassign = True
-                await trio.sleep(answer.time2wait_s)
+                await trio.sleep(min(answer.time2wait_s, TIME2WAIT_MAX_S))
                 return self._distribute(reassign=True)
             case LogoutResponseCode.CLOSED | LogoutResponseCode.CID_NOT_FOUND:
                 # Not found: the target has ended it by itself, and its commands with it (§7.6 b).
-                if not await self._survives(live):
+                if not (self._recovers or await self._survives(live)):
                     return False
                 self._reassign = False
                 return self._distribute(reassign=False)
         log.warning(
             "%s: logout of connection %d: response %d", session.portal, dead.cid, answer.response
         )
-        await trio.sleep(answer.time2wait_s)
+        await trio.sleep(min(answer.time2wait_s, TIME2WAIT_MAX_S))
         return False
 
     async def _survives(self, carrier: Connection) -> bool:

@@ -53,6 +53,15 @@ _DRAIN_SHARE: Final = 0.5
 _ANSWERED_OTHERWISE: Final = frozenset({Opcode.DATA_OUT, Opcode.SNACK_REQUEST})
 """By the status of the command (§7.3); by `recovering`, out of turn."""
 
+_COMMAND_STAYS: Final = frozenset(
+    {
+        # The logout settles what the target has not taken.
+        RejectReason.WAITING_FOR_LOGOUT,
+        # It was the second copy of a command that the target is carrying out.
+        RejectReason.TASK_IN_PROGRESS,
+    }
+)
+
 _REASONS: Final[Mapping[int, str]] = {
     RejectReason.DATA_DIGEST_ERROR: "data digest error",
     RejectReason.SNACK_REJECT: "SNACK reject",
@@ -222,8 +231,7 @@ class Events:
         error = ProtocolViolation(
             Reject.name, f"the target rejects a SCSI Command: {words}", section="11.17.1"
         )
-        if reason == RejectReason.WAITING_FOR_LOGOUT:
-            # The logout settles what the target has not taken.
+        if reason in _COMMAND_STAYS:
             return
         task.violations += 1
         if reason == RejectReason.DATA_DIGEST_ERROR and task.violations < _RETRIES_MAX:

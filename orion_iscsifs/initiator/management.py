@@ -176,7 +176,12 @@ class TaskManager:
 
     async def _reset_unit(self, task: Task) -> bool:
         session = self._session
-        affected = [other for other in session.tasks.values() if other.lun == task.lun]
+        affected = [
+            other
+            for connection in session.connections
+            for other in connection.tasks.values()
+            if other.lun == task.lun
+        ]  # not those of a lost connection: the cleanup after it settles them
         code = await self.manage(Function.LOGICAL_UNIT_RESET, lun=task.lun)
         if code != Code.FUNCTION_COMPLETE:
             return False
@@ -184,7 +189,9 @@ class TaskManager:
         left = [
             other
             for other in affected
-            if other is not task and session.tasks.get(other.initiator_task_tag) is other
+            if other is not task
+            and session.tasks.get(other.initiator_task_tag) is other
+            and other.connection in session.connections
         ]
         session.hold(left, reset)
         return True

@@ -8,6 +8,8 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+TIME2WAIT_MAX_S: Final = 60.0
+"""No target needs a longer rest, and commands are held meanwhile."""
 _BACKOFF_FIRST_S: Final = 0.1
 _QUICK_LOSS_S: Final = 0.02
 _QUICK_PAUSE_MAX_S: Final = 1.0
@@ -60,7 +62,7 @@ class Outage:
         """The last connection is gone."""
         quick = now - self._entered_at < _QUICK_LOSS_S
         self._quick_losses = self._quick_losses + 1 if quick else 0
-        self.not_before = max(self.not_before, now + time2wait_s)
+        self.not_before = max(self.not_before, now + min(time2wait_s, TIME2WAIT_MAX_S))
         if self.since is None:
             self.since = now
 

@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from orion_iscsifs.errors import ConnectionLost, LoginError, OrionError
+from orion_iscsifs.errors import (
+    ConnectionLost,
+    DigestError,
+    LoginError,
+    OrionError,
+    ProtocolViolation,
+)
 from orion_iscsifs.initiator.budget import LoginPolicy
 from orion_iscsifs.initiator.cleanup import LOGOUT_TIMEOUT_S, Cleanup
 from orion_iscsifs.initiator.connection import Connection
@@ -237,6 +243,10 @@ class Supervisor:
             if session.state is State.CLOSED or self._over.is_set():
                 return
             self._drop(connection, error)
+            if isinstance(error, ProtocolViolation) and not isinstance(error, DigestError):
+                # The target's own fault, and it would come again with its command: RFC 7143 §7.7.
+                self.end(error)
+                return
             self._unsettled.add(connection.cid)
             await self._clean_up(connection, error)
         self._unsettled.discard(connection.cid)

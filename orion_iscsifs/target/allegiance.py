@@ -48,7 +48,8 @@ def lost(session: "Session", channel: "Channel") -> None:
     """The transport connection broke; `channel` waits for its cleanup (§8.2)."""
     wait_s, retain_s = channel.times_s
     others = session.live
-    recovering = session.parameters.error_recovery_level == _RECOVERY
+    # Nobody can come back to a discovery session (§4.3).
+    recovering = session.parameters.error_recovery_level == _RECOVERY and not session.discovery
     if not others and not session.joining and (not recovering or not retain_s):
         session.kill()
         return
@@ -79,7 +80,7 @@ def terminate(session: "Session", channel: "Channel") -> list[trio.Event]:
     waits = []
     for task in [task for task in session.tasks.values() if task.channel is channel]:
         waits += _terminate_task(session, task)
-    forget_answers(session, channel)
+    channel.forget_answers()
     return waits
 
 
@@ -99,38 +100,39 @@ def discard_unacknowledged(session: "Session", channel: "Channel") -> None:
                 session.execution.abort(task)
 
 
-def forget_answers(session: "Session", channel: "Channel") -> None:
-    for task in channel.finished.values():
-        session.retransmission.release(task)
-    channel.kept.clear()
-    channel.finished.clear()
-
-
 def set_free(session: "Session", channel: "Channel") -> None:
     """The commands of a connection that was removed for recovery may be reassigned.
 
     Among them those whose answer was sent and not acknowledged: the initiator may not have it.
     """
     discard_unacknowledged(session, channel)
+    freed: list[Task] = []
     for task in session.tasks.values():
         if task.channel is channel:
             task.channel = None
             task.suspend()
-    for tag, task in channel.finished.items():
-        task.channel = None
-        session.tasks.setdefault(tag, task)
-    channel.finished.clear()
-    channel.kept.clear()
-    wait_s, retain_s = channel.times_s
-    free = [task for task in session.tasks.values() if task.channel is None]
-    session.later(_give_up, session, free, wait_s + retain_s)
+            freed.append(task)
+    for tag, task in list(channel.finished.items()):
+        if session.tasks.setdefault(tag, task) is task:
+            task.channel = None
+            freed.append(task)
+    channel.forget_answers()
+    for task in freed:
+        task.recovery.freed += 1
+    delay_s = sum(channel.times_s)
+    session.later(_give_up, session, [(task, task.recovery.freed) for task in freed], delay_s)
 
 
-async def _give_up(session: "Session", tasks: list[Task], delay_s: float) -> None:
+async def _give_up(session: "Session", tasks: list[tuple[Task, int]], delay_s: float) -> None:
     """Commands that nobody reassigned in time are terminated (§7.6 c)."""
     await trio.sleep(delay_s)
-    for task in tasks:
-        if task.channel is None and session.tasks.get(task.pdu.initiator_task_tag) is task:
+    for task, freed in tasks:
+        # One that was reassigned and set free again has a new deadline.
+        if (
+            task.channel is None
+            and task.recovery.freed == freed
+            and session.tasks.get(task.pdu.initiator_task_tag) is task
+        ):
             _terminate_task(session, task)
     session.settle()
 
@@ -176,6 +178,10 @@ def _close(
     for gone in going:
         gone.happened(ConnectionEvent.LOGOUT_STARTED)
         waits += terminate(session, gone)
+    if pdu.reason == LogoutReason.CLOSE_SESSION:
+        # What waits for a reassignment must not outlive the session either.
+        for task in list(session.tasks.values()):
+            waits += _terminate_task(session, task)
     if waits:
         session.later(_close_after, session, channel, pdu, going, waits)
     else:

@@ -162,10 +162,10 @@ class Channel:
                         self.reject(pdu, RejectReason.PROTOCOL_ERROR)
                     else:
                         handler(self, pdu)
-                    if self.logged_out or connection.closed:
-                        break
                     if connection.queued_bytes > queue_max:
                         await connection.drain()
+                    if self.logged_out or connection.closed:
+                        break
                 connection.flush()
                 if tracking:
                     session.flush()
@@ -251,10 +251,18 @@ class Channel:
 
     def _forget(self, kept: Kept) -> None:
         task = kept.task
-        if task is not None:
+        if task is None:
+            self.session.retransmission.kept_bytes -= len(kept.pdu.data)
+            return
+        if task.channel is self:  # else it waits for a reassignment, or had one
             self.session.retransmission.release(task)
-            if self.finished.get(task.pdu.initiator_task_tag) is task:
-                del self.finished[task.pdu.initiator_task_tag]
+        if self.finished.get(task.pdu.initiator_task_tag) is task:
+            del self.finished[task.pdu.initiator_task_tag]
+
+    def forget_answers(self) -> None:
+        """No answer of this connection will be asked for again."""
+        while self.kept:
+            self._forget(self.kept.popleft())
 
     # -- sending -------------------------------------------------------------------------------
 
@@ -287,6 +295,8 @@ class Channel:
             self.kept.append(Kept(pdu, task))
             if task is not None:
                 self.finished[task.pdu.initiator_task_tag] = task
+            else:
+                self.session.retransmission.kept_bytes += len(pdu.data)
             while len(self.kept) > _KEPT_MAX or (
                 self.session.retransmission.overfull and len(self.kept) > 1
             ):

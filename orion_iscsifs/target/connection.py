@@ -183,7 +183,10 @@ class Connection:
             self._send_now()
             if not self._queue or self.closed:
                 return
-            await trio.lowlevel.wait_writable(self._sock)
+            try:
+                await trio.lowlevel.wait_writable(self._sock)
+            except trio.ClosedResourceError:
+                return
 
     # -- the end ----------------------------------------------------------------------------------
 

@@ -196,12 +196,13 @@ class Execution:
     # -- answers -------------------------------------------------------------------------------
 
     def answer(self, task: Task, outcome: Outcome) -> None:
-        """Queue Data-In and status; the task is over."""
+        """Queue Data-In and status; the task is over, unless a fence keeps its answer back."""
+        if not self._short_way or task.fault is not None:
+            if not self._session.fence.holds(task, outcome):
+                self.answer_now(task, outcome)
+            return
         self.retire(task)
         channel = task.channel
-        if not self._short_way or task.fault is not None:
-            self._answer_with_care(task, outcome)
-            return
         assert channel is not None
         for pdu in answers(task, outcome, channel.parameters):
             if type(pdu) is DataIn and not pdu.has_status:
@@ -209,24 +210,16 @@ class Execution:
             else:
                 channel.send_status(pdu)
 
-    def _answer_with_care(self, task: Task, outcome: Outcome) -> None:
+    def answer_now(self, task: Task, outcome: Outcome) -> None:
+        """The careful way, once no fence is in it."""
         session, channel = self._session, task.channel
-        if session.fence.holds(task, outcome):
-            return
+        self.retire(task)
         if channel is None or not channel.live:
             session.retransmission.keep_for_reassignment(task, outcome)
-        elif session.fence.wants(outcome):
-            session.later(session.fence.answer, channel, task, outcome)
         elif task.fault is not None:
             answer_wrongly(channel, task, outcome)
         else:
             session.retransmission.answer(channel, task, outcome)
-
-    def answer_after_fence(self, task: Task, outcome: Outcome) -> None:
-        """As `answer`, for what a fence held back."""
-        self._answer_with_care(task, outcome)
-        if task.channel is not None:
-            task.channel.flush()
 
     def retire(self, task: Task) -> None:
         """The task is over: its tag is free, its place in the window and its memory too."""

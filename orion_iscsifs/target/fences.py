@@ -3,10 +3,9 @@
 On one connection TCP keeps the order. On several, a response with a Response Fence waits until
 every StatSN sent before it is acknowledged on every connection, and what follows waits until it is
 acknowledged itself. NOP-Ins ask for the acknowledgments. An initiator that never acknowledges
-can't hold the session up for ever: each wait ends after `Limits.abort_wait_s`.
+can't hold the session up for ever: the wait for all of them ends after `Limits.abort_wait_s`.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -44,51 +43,65 @@ class Fence:
         return self._session.parameters.task_reporting != _RFC3720
 
     def holds(self, task: Task, outcome: Outcome) -> bool:
-        """Whether the fence is up; then the answer goes out when it falls."""
-        if not self._raised:
-            return False
-        self._held.append((task, outcome))
-        return True
+        """Whether the answer has to wait for a fence; then it is sent from here.
 
-    def wants(self, outcome: Outcome) -> bool:
+        The task stays active meanwhile: it has its place in the command window, which bounds what
+        is held, and it can be aborted or change its connection.
+        """
+        if self._raised:
+            self._held.append((task, outcome))
+            return True
+        if task.channel is not None and task.channel.live and self._wants(outcome):
+            # Up at once: what is answered next, in this very batch, must not overtake.
+            self._raised += 1
+            self._session.later(self._answer, task, outcome)
+            return True
+        return False
+
+    def _wants(self, outcome: Outcome) -> bool:
         """Whether this is the unit attention after a multi-task abort (§4.2.2.3.4 a)."""
         return outcome.sense in _AFTER_ABORTS and self.agreed and self.several
 
     async def respond(self, channel: "Channel", pdu: "TargetPdu") -> None:
         """Send `pdu` after everything before it and, if that was agreed on, before the rest."""
-        await self._pass(channel, lambda: channel.send_status(pdu), closing=self.agreed)
-
-    async def answer(self, channel: "Channel", task: Task, outcome: Outcome) -> None:
-        """Send the end of a command in the same way."""
-        answer = self._session.retransmission.answer
-        await self._pass(channel, lambda: answer(channel, task, outcome), closing=True)
-
-    async def _pass(self, channel: "Channel", send: Callable[[], None], *, closing: bool) -> None:
+        closing = self.agreed
         self._raised += closing
-        try:
-            for other in self._session.live:
-                await self._acknowledged(other)
-            if channel.live:
-                send()
-                channel.flush()
-            if closing:
-                await self._acknowledged(channel)
-        finally:
-            self._raised -= closing
-        if not self._raised:
-            self._fall()
+        await self._acknowledged(self._session.live)
+        if channel.live:
+            channel.send_status(pdu)
+            channel.flush()
+        if closing:
+            await self._acknowledged([channel])
+            self._lower()
 
-    async def _acknowledged(self, channel: "Channel") -> None:
-        """Until everything sent so far on `channel` is acknowledged, or it is gone."""
-        stat_sn = channel.connection.stat_sn
-        if serial.less(channel.acknowledged, stat_sn):
-            channel.ping()
+    async def _answer(self, task: Task, outcome: Outcome) -> None:
+        """Send the end of a command in the same way; the fence is up already."""
+        await self._acknowledged(self._session.live)
+        if not task.aborted:
+            self._session.execution.answer_now(task, outcome)
+        if task.channel is not None:
+            task.channel.flush()
+            await self._acknowledged([task.channel])
+        self._lower()
+
+    async def _acknowledged(self, channels: "list[Channel]") -> None:
+        """Until everything sent so far on `channels` is acknowledged, or they are gone."""
+        waiting = [(channel, channel.connection.stat_sn) for channel in channels if channel.live]
+        for channel, stat_sn in waiting:
+            if serial.less(channel.acknowledged, stat_sn):
+                channel.ping()
         with trio.move_on_after(self._session.limits.abort_wait_s):
-            while channel.live and serial.less(channel.acknowledged, stat_sn):
-                await channel.acknowledgment.wait()
+            for channel, stat_sn in waiting:
+                while channel.live and serial.less(channel.acknowledged, stat_sn):
+                    await channel.acknowledgment.wait()
 
-    def _fall(self) -> None:
+    def _lower(self) -> None:
+        """What was held goes out in its order, up to the next answer that wants a fence."""
+        self._raised -= 1
+        if self._raised:
+            return
         held, self._held = self._held, []
         for task, outcome in held:
             if not task.aborted:
-                self._session.execution.answer_after_fence(task, outcome)
+                self._session.execution.answer(task, outcome)
+        self._session.flush()

@@ -220,7 +220,9 @@ class Door:
         elif login.requested_tsih:
             return None
         else:
-            session = await self._new_session(login)
+            session = await self._new_session(connection, login)
+            if session is None:
+                return None
             channel = session.add(connection, login, text_answers)
         connection.send(response)
         parameters = channel.parameters
@@ -233,7 +235,8 @@ class Door:
         )
         return channel
 
-    async def _new_session(self, login: TargetLogin) -> Session:
+    async def _new_session(self, connection: Connection, login: TargetLogin) -> Session | None:
+        """None: the initiator, or the whole target, went away while an older session ended."""
         target = None
         if login.session_type != DISCOVERY:
             target = self._registry.targets[login.target_name or ""]
@@ -241,5 +244,8 @@ class Door:
         if target is None:
             self._stats.discoveries += 1
         else:
-            await target.admit(session)
+            await target.make_way(session)
+            if connection.closed:
+                return None
+            target.admit(session)
         return session

@@ -263,6 +263,8 @@ async def _wait_and_end(
             await gap.wait()
         for ended in _doom(session, request):
             await ended.wait()
+    if gap is not None:
+        session.order.no_longer(gap)
     waits: Waits = []
     _MULTIPLE[request.function](session, channel, request, waits)
     await _finish_multiple(session, channel, request, waits)

@@ -193,8 +193,7 @@ def answer_wrongly(channel: "Channel", task: "Task", outcome: Outcome) -> None:
     assert fault is not None
     act = fault.act
     if act is Act.DROP_AFTER:
-        channel.session.retransmission.prepare(channel, task, outcome)
-        channel.finished[task.pdu.initiator_task_tag] = task
+        channel.number(channel.session.retransmission.prepare(channel, task, outcome)[-1], task)
         channel.drop()
         return
     if act is Act.TARGET_FAILURE:

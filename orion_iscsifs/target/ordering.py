@@ -37,6 +37,8 @@ class CommandOrder:
         self._frozen: int | None = None
         """Commands that ended while a fault keeps MaxCmdSN where it is."""
         self._reached: list[tuple[int, trio.Event]] = []
+        self._plugs: set[int] = set()
+        """CmdSNs ahead that count as received, whatever becomes of the connection."""
 
     def covers(self, cmd_sn: int) -> bool:
         """Neither old, nor beyond MaxCmdSN."""
@@ -70,13 +72,18 @@ class CommandOrder:
 
     def discard(self, channel: "Channel") -> list[Sequenced]:
         """Forget what `channel` brought and nobody has acknowledged (§11.14); what it was."""
-        gone = [number for number, (owner, _) in self.held.items() if owner is channel]
+        gone = [
+            number
+            for number, (owner, _) in self.held.items()
+            if owner is channel and number not in self._plugs
+        ]
         return [self.held.pop(number)[1] for number in gone]
 
     def plug(self, channel: "Channel", cmd_sn: int) -> bool:
         """Take a CmdSN in the window as received, though its request never came (§11.6.1)."""
         if not self.covers(cmd_sn) or cmd_sn in self.held:
             return False
+        self._plugs = {number for number in self._plugs if number in self.held} | {cmd_sn}
         # A NOP-Out that wants no answer: it fills the gap and does nothing.
         self.take(channel, NopOut(immediate=False, cmd_sn=cmd_sn))
         return True
@@ -93,6 +100,10 @@ class CommandOrder:
         event = trio.Event()
         self._reached.append((cmd_sn, event))
         return event
+
+    def no_longer(self, event: trio.Event) -> None:
+        """Nobody waits for this event of `reached` any more."""
+        self._reached = [waiting for waiting in self._reached if waiting[1] is not event]
 
     def _wake(self) -> None:
         waiting, self._reached = self._reached, []

@@ -63,16 +63,18 @@ class Target:
     def session_with(self, tsih: int) -> "Session | None":
         return next((s for s in self.sessions.values() if s.tsih == tsih), None)
 
-    async def admit(self, session: "Session") -> None:
-        """Make `session` the one of its nexus.
+    async def make_way(self, session: "Session") -> None:
+        """Session reinstatement (RFC 7143 §6.3.5): end an old session of the same nexus first.
 
-        Session reinstatement (RFC 7143 §6.3.5): an old session of the same initiator port ends
-        first, its tasks and their last writes included. Only then the login is answered, so no
-        write of the old session lands after the new one begins.
+        Its tasks and their last writes included. Only then the login is answered, so no write of
+        the old session lands after the new one begins.
         """
         while (old := self.sessions.get(session.nexus)) is not None:
             self.stats.reinstatements += 1
             await old.end()
+
+    def admit(self, session: "Session") -> None:
+        """Make `session` the one of its nexus; nothing was awaited since `make_way`."""
         self.sessions[session.nexus] = session
         self.units.listeners.append(session.add_attention)
         self.stats.logins += 1

@@ -28,7 +28,7 @@ from orion_iscsifs.protocol.pdu import (
 )
 from orion_iscsifs.target.answers import answers, resumed_answers
 from orion_iscsifs.target.mischief import snack_wrongly
-from orion_iscsifs.target.tasks import Burst, Task
+from orion_iscsifs.target.tasks import EMPTY, Burst, Task
 from orion_iscsifs.target.unit import Outcome
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Retransmission:
         self._session = session
         self._level = session.parameters.error_recovery_level
         self._bytes_max = session.limits.retained_bytes_max
-        self._bytes = 0
+        self.kept_bytes = 0
+        """Data of the answers that are kept, on all connections."""
         self._data_acks: dict[int, tuple[Task, int]] = {}
         """By Target Transfer Tag of a Data-In with the A bit: its command and DataSN + 1."""
 
@@ -53,12 +54,14 @@ class Retransmission:
 
     @property
     def overfull(self) -> bool:
-        return self._bytes > self._bytes_max
+        return self.kept_bytes > self._bytes_max
 
     def _keep(self, task: Task, outcome: Outcome) -> None:
         if task.recovery.outcome is None:
             task.recovery.outcome = outcome
-            self._bytes += len(outcome.data)
+            self.kept_bytes += len(outcome.data)
+            # A write is over: only its answer may be wanted again.
+            task.data, task.pdu.data = EMPTY, b""
 
     def release(self, task: Task) -> None:
         """Nobody will ask for this command's answer again."""
@@ -66,13 +69,13 @@ class Retransmission:
             return
         recovery = task.recovery
         if recovery.outcome is not None:
-            self._bytes -= len(recovery.outcome.data)
+            self.kept_bytes -= len(recovery.outcome.data)
             recovery.outcome = None
             recovery.sent.clear()
 
     def keep_for_reassignment(self, task: Task, outcome: Outcome) -> None:
         """The command ended while no connection was there to carry its answer."""
-        if self._level < 2 or self._bytes + len(outcome.data) > self._bytes_max:
+        if self._level < 2 or self.kept_bytes + len(outcome.data) > self._bytes_max:
             return
         self._keep(task, outcome)
         self._session.tasks[task.pdu.initiator_task_tag] = task
@@ -94,7 +97,8 @@ class Retransmission:
     ) -> list[DataIn | ScsiResponse]:
         """The answer, noted as sent; `answer` in two steps, for those who spoil it."""
         limits = channel.parameters
-        if separate_status:
+        # A Data-In has no place for the SNACK Tag of an R-Data SNACK that came early (§11.16.3).
+        if separate_status or (task.memory is not None and task.memory.snack_tag):
             pdus = list(
                 resumed_answers(task, outcome, limits, data_sn=0, offset=0, separate_status=True)
             )
@@ -145,6 +149,10 @@ class Retransmission:
         separate_status: bool,
     ) -> list[DataIn | ScsiResponse]:
         """The answer from DataSN `first` on, cut as the connection now wants it."""
+        # The numbers that these would acknowledge are given anew.
+        stale = [tag for tag, (owner, _) in self._data_acks.items() if owner is task]
+        for tag in stale:
+            del self._data_acks[tag]
         offset = 0
         if first:
             before = task.recovery.sent[first - 1]

@@ -55,6 +55,7 @@ from orion_iscsifs.target.unit import Units
 
 RECOVERY: Final = 2
 """The ErrorRecoveryLevel at which a session survives the loss of all its connections."""
+_CONTINUED: Final = (SessionEvent.CONTINUATION_STARTED, SessionEvent.CONTINUATION_SUCCEEDED)
 
 
 class Session:
@@ -116,9 +117,7 @@ class Session:
             self._finish()
 
     def _finish(self) -> None:
-        self._over.set()
-        for task in self.tasks.values():
-            task.aborted = True
+        self._stop_commands()
         for channel in list(self.channels.values()):
             channel.happened(ConnectionEvent.SESSION_CLOSED)
             channel.drop()
@@ -135,13 +134,20 @@ class Session:
         """The session is over: its connections close without a word, its commands end."""
         if may(SESSION_NEXT, Role.TARGET, self.state, event):
             self.state = session_next(Role.TARGET, self.state, event)
-        self._over.set()
+        self._stop_commands()
         self._scope.cancel()
         for channel in list(self.channels.values()):
             channel.drop()
         if self.target is not None and not self.execution.running:
             # Nobody has to wait for this one: its name is free at once.
             self.target.forget(self)
+
+    def _stop_commands(self) -> None:
+        """Whatever has not begun never does: held requests, data on its way, delayed commands."""
+        self._over.set()
+        self.order.held.clear()
+        for task in self.tasks.values():
+            task.aborted = True
 
     def drop(self) -> None:
         """Every connection breaks without a word. What that means is up to the recovery level."""
@@ -183,24 +189,25 @@ class Session:
         """One more connection, or a new one in the place of an old one with its CID (§6.3.4).
 
         `exp_stat_sn` acknowledges what the old one sent (§11.12.9). None if the session ended
-        while the commands of the old connection were.
+        while the commands of the old connection were, or has no place left.
         """
-        old = self.channels.get(connection.cid)
         self.joining += 1
         try:
-            if old is not None:
+            # Another login with this CID may get ahead of us: then that one is replaced too.
+            while (old := self.channels.get(connection.cid)) is not None:
                 old.acknowledge(exp_stat_sn)
                 await allegiance.replace(self, old)
+            if self.over or connection.closed or self.refuses(connection.cid):
+                return None
+            self.stats.joined += 1
+            self._failures += 1
+            if self.state is SessionState.FAILED:
+                for event in _CONTINUED:
+                    self.state = session_next(Role.TARGET, self.state, event)
+            return self.add(connection, login, directory)
         finally:
             self.joining -= 1
-        if self.over:
-            return None
-        self.stats.joined += 1
-        self._failures += 1
-        if self.state is SessionState.FAILED:
-            for event in (SessionEvent.CONTINUATION_STARTED, SessionEvent.CONTINUATION_SUCCEEDED):
-                self.state = session_next(Role.TARGET, self.state, event)
-        return self.add(connection, login, directory)
+            self.settle()
 
     def refuses(self, cid: int) -> bool:
         """Whether a connection with `cid` would be one too many.

@@ -27,7 +27,7 @@ from orion_iscsifs.target.unit import LogicalUnit, Outcome, check_condition
 if TYPE_CHECKING:
     from orion_iscsifs.target.channel import Channel
 
-_EMPTY: Final = memoryview(b"")
+EMPTY: Final = memoryview(b"")
 _RECOVERIES_MAX: Final = 64
 """Recovery R2Ts of one command; more are answered with a failure."""
 
@@ -62,6 +62,8 @@ class Recovery:
     recoveries: int = 0
     unanswered_r2ts: int = 0
     """Open R2Ts at the last `suspend` that no data had come for."""
+    freed: int = 0
+    """How often the command has lost its connection."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +76,7 @@ class Task:
     """Data-Out that the CDB asks for; what the initiator has (EDTL) may be less or more."""
     failure: Outcome | None = None
     """Decided before execution: the answer once all bursts are in."""
-    data: memoryview = _EMPTY
+    data: memoryview = EMPTY
     """Where the Data-Out belongs; `min(wanted_bytes, EDTL)` long."""
     buffer_bytes: int = 0
     """Memory that was taken for `data`."""

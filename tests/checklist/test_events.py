@@ -188,7 +188,6 @@ async def test_a_damaged_command_is_sent_again_as_it_was() -> None:
 REASONS_WITHOUT_A_RETRY = [
     RejectReason.PROTOCOL_ERROR,
     RejectReason.COMMAND_NOT_SUPPORTED,
-    RejectReason.TASK_IN_PROGRESS,
     RejectReason.INVALID_PDU_FIELD,
 ]
 
@@ -284,4 +283,16 @@ async def test_the_deprecated_reason_ends_the_connection() -> None:
         again = await (await target.accept()).login()
         assert isinstance(session.last_error, ProtocolViolation)
         await answer(again)
+        assert (await running.done()).status == 0
+
+
+@pytest.mark.checklist(47, "11.17.1")
+async def test_a_command_that_is_in_progress_is_left_alone() -> None:
+    """Reason 07: a second copy was refused; a third, under another tag, would be done twice."""
+    async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
+        running = Running(nursery, session, unit_ready())
+        command = await peer.expect(ScsiCommand)
+        await reject(peer, command, RejectReason.TASK_IN_PROGRESS)
+        await peer.nothing()
+        await peer.reply(ScsiResponse(command.initiator_task_tag))
         assert (await running.done()).status == 0

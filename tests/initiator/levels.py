@@ -83,7 +83,13 @@ async def acknowledge(session: Session, peer: PlayedConnection) -> None:
 
 
 async def confirm_logout(peer: PlayedConnection, reason: LogoutReason, cid: int) -> None:
-    """The next PDU is a logout of this CID for this reason; it is answered well."""
+    """The next PDU is a logout of this CID for this reason; it is answered well.
+
+    Below level 2 a ping follows that of another connection: is the carrier itself still there?
+    """
     request = await peer.expect(LogoutRequest)
     assert (request.reason, request.cid, request.immediate) == (reason, cid, True)
     await peer.reply(LogoutResponse(request.initiator_task_tag))
+    assert peer.login_request is not None
+    if reason is LogoutReason.CLOSE_CONNECTION and cid != peer.login_request.cid:
+        await peer.pinged()

@@ -145,6 +145,11 @@ class PlayedConnection:
         assert isinstance(pdu, kind), f"{pdu} where a {kind.name} was due"
         return pdu
 
+    async def pinged(self) -> None:
+        """The next PDU is a ping; it is answered."""
+        ping = await self.expect(NopOut)
+        await self.reply(NopIn(ping.initiator_task_tag, data=bytes(ping.data)))
+
     async def nothing(self, seconds: float = 0.05) -> None:
         """No PDU comes for so long."""
         with trio.move_on_after(seconds):

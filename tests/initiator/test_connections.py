@@ -17,6 +17,7 @@ from orion_iscsifs.protocol.pdu import (
     LogoutRequest,
     LogoutResponse,
     LogoutResponseCode,
+    NopOut,
     ScsiCommand,
     ScsiResponse,
     TaskManagementFunction,
@@ -134,19 +135,21 @@ async def test_a_connection_that_fails_to_join_is_tried_again(
 
 @pytest.mark.checklist(8, "4.2.5.1")
 async def test_a_status_on_the_wrong_connection_is_a_violation() -> None:
-    """It ends the connection that it came on; the command waits for its own answer."""
+    """The target is wrong, not the path: the session starts anew (§7.7)."""
     async with several(2) as (session, peers, target), trio.open_nursery() as nursery:
         first, second = peers
         running = Running(nursery, session, unit_ready())
         tag = (await first.expect(ScsiCommand)).initiator_task_tag
         await second.reply(ScsiResponse(tag))
-        await confirm_logout(first, LogoutReason.CLOSE_CONNECTION, 1)
+        again = await (await target.accept()).login(joinable(2))
+        assert again.login_request is not None
+        assert again.login_request.tsih == 0
         assert "no command here has the tag" in str(session.last_error)
-        await first.reply(ScsiResponse(tag))
+        await again.reply(ScsiResponse((await again.expect(ScsiCommand)).initiator_task_tag))
         assert (await running.done()).status == 0
-        await (await target.accept()).login(joinable(2), joins=first)
+        await (await target.accept()).login(joinable(2), joins=again)
         await until(lambda: len(session.connections) == 2)
-        assert session.counters.connections_lost == 1
+        assert session.counters.logins == 2
 
 
 @pytest.mark.checklist(1, "4.2.2.1")
@@ -185,6 +188,39 @@ async def test_a_window_of_one_is_shared_by_all_connections() -> None:
 # -- cleanup --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", ["closed", "silent"])
+async def test_a_logout_that_ends_the_wrong_connection(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tgt ends the connection that carries it: nothing is settled, and a new session ends all."""
+    monkeypatch.setattr("orion_iscsifs.initiator.cleanup.LOGOUT_TIMEOUT_S", 0.2)
+    async with several(3) as (session, peers, target), trio.open_nursery() as nursery:
+        running = [Running(nursery, session, unit_ready()) for _ in range(3)]
+        for peer in peers:
+            await peer.expect(ScsiCommand)
+        peers[2].cut()
+        request = await peers[0].expect(LogoutRequest)
+        assert request.cid == 2
+        await peers[0].reply(LogoutResponse(request.initiator_task_tag))
+        if how == "closed":
+            peers[0].cut()
+        else:
+            await peers[0].expect(NopOut)
+        try:
+            again = await (await target.accept()).login(joinable(1))
+        except ConnectionLost:  # one more for the session, which is over just now
+            again = await (await target.accept()).login(joinable(1))
+        assert again.login_request is not None
+        assert again.login_request.tsih == 0
+        assert peers[1].received == []
+        for _ in running:
+            command = await again.next_of(ScsiCommand)
+            await again.reply(ScsiResponse(command.initiator_task_tag))
+        for task in running:
+            assert (await task.done()).status == 0
+        assert session.counters.logins == 2
+
+
 @pytest.mark.checklist(51, "11.15.1")
 @pytest.mark.parametrize("level", [0, 2])
 async def test_a_connection_that_the_target_has_forgotten_is_settled(level: int) -> None:
@@ -200,6 +236,8 @@ async def test_a_connection_that_the_target_has_forgotten_is_settled(level: int)
         response = LogoutResponse(request.initiator_task_tag, LogoutResponseCode.CID_NOT_FOUND)
         response.time2wait_s = 4000
         await first.reply(response)
+        if level == 0:
+            await first.pinged()
         again = await first.expect(ScsiCommand)
         assert again.cmd_sn == 3
         assert again.initiator_task_tag != lost.initiator_task_tag

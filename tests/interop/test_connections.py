@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from orion_iscsifs.testing.istgt import Istgt, IstgtSettings
 from orion_iscsifs.testing.netsim import TcpProxy
 from orion_iscsifs.testing.programs import run, wait_until
 from tests.interop.conftest import LUN_BYTES, MEBIBYTE, Disk, MakeEmbedded, TgtDisk
@@ -48,7 +49,13 @@ def fio(file: Path, size: str = "24M") -> Iterator[None]:
     """Direct random writes at depth 16 while the block runs; then all is read and compared."""
     job = ["--name=verify", "--rw=randwrite", "--bs=16k", f"--size={size}", "--ioengine=libaio"]
     job += ["--iodepth=16", "--direct=1", "--time_based", "--runtime=2", "--minimal"]
-    job += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", f"--filename={file}"]
+    job += [
+        "--verify=crc32c",
+        "--do_verify=1",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        f"--filename={file}",
+    ]
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -99,7 +106,7 @@ def test_four_connections_to_tgt(product: Product, tgt_disk: TgtDisk) -> None:
 
 @pytest.mark.interop("tgtd", "tgtadm", "fio")
 def test_one_of_tgts_connections_is_lost(product: Product, tgt_disk: TgtDisk) -> None:
-    """tgt ends the connection that brings the logout of another one: the session begins anew."""
+    """tgt takes every logout for one of the connection that carries it: a new session begins."""
     tgt_disk.target.set_parameter("MaxConnections", "4")
     with TcpProxy("127.0.0.1", tgt_disk.port) as proxy:
         url = proxy.url(tgt_disk.iqn, tgt_disk.lun)
@@ -111,6 +118,25 @@ def test_one_of_tgts_connections_is_lost(product: Product, tgt_disk: TgtDisk) ->
             found = wait_for_connections(product, mountpoint, 4)
             assert counters(found)["connections_lost"] >= 1
     compare(tgt_disk.backing, written)
+
+
+@pytest.mark.interop("istgt", "fio")
+def test_one_of_istgts_connections_is_lost(
+    product: Product, tmp_path: Path, memory_path: Path
+) -> None:
+    """istgt takes a logout for one of the connection that carries it, too."""
+    backing = sized_file(memory_path / "istgt.img", LUN_BYTES)
+    with (
+        Istgt(tmp_path, IstgtSettings(luns={0: backing})) as target,
+        TcpProxy("127.0.0.1", target.port) as proxy,
+        product.mounted(proxy.url(target.iqn, 0), FOUR, DIRECT) as mountpoint,
+    ):
+        wait_for_connections(product, mountpoint, 4)
+        with fio(mountpoint / "lun0"):
+            assert proxy.cut_one(2)
+        written = write_everywhere(mountpoint / "lun0")
+        wait_for_connections(product, mountpoint, 4)
+    compare(backing, written)
 
 
 @pytest.mark.interop("fio")
@@ -125,6 +151,8 @@ def test_one_of_four_connections_is_lost_at_level_2(
         with product.mounted(url, FOUR, "erl=2", DIRECT) as mountpoint:
             before = wait_for_connections(product, mountpoint, 4)
             assert before["error_recovery_level"] == 2
+            row = product("status", mountpoint).stdout.splitlines()[-1].split()
+            assert row == [target.iqn, proxy.portal, "logged-in", "4", "2"]
             with fio(mountpoint / "lun1"):
                 for number in (3, 1):
                     assert proxy.cut_one(number)

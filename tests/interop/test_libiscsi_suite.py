@@ -184,7 +184,10 @@ def serving(backing: Path) -> Iterator[tuple[str, str]]:
         finally:
             program.terminate()
             assert program.wait(TIMEOUT_S) == 0
-            assert program.stderr.read() == b""
+            said = program.stderr.read().decode().splitlines()
+            assert said == [
+                f"portal 127.0.0.1:{port},{index + 1}" for index, port in enumerate(ports)
+            ]
 
 
 def expected(lun: str, family: str, test: str) -> Verdict:

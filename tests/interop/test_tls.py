@@ -1,5 +1,6 @@
 """`iscsis://` through stunnel in front of tgt: data, certificates, and what goes wrong in words."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ def test_discovery_through_tls(product: Product, secured: Secured) -> None:
     portal = f"iscsis://{secured.front.portal}"
     listed = product("discover", portal, "-o", secured.trust).stdout
     assert secured.disk.iqn in listed
+    asked = product("discover", portal, "-o", secured.trust, "--luns", "--json").stdout
+    (target,) = json.loads(asked)["targets"]
+    assert target["logged_in_at"] == secured.front.portal, "tgt's own portal has no TLS"
+    assert target["error"] is None
+    (disk,) = [lun for lun in target["luns"] if lun["type"] == "disk"]
+    assert disk["size_bytes"] == secured.disk.size_bytes
 
 
 def test_a_client_certificate(product: Product, secured: Secured) -> None:

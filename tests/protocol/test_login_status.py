@@ -92,6 +92,11 @@ def test_redirections(status: int, address: str, permanent: bool) -> None:
     assert (error.status_class, error.status_detail) == (1, status & 0xFF)
 
 
+def test_a_hostile_address_moves_no_cursor() -> None:
+    moved = response([("TargetAddress", "\x1b[2J\n10.0.0.1")], status=0x0101)
+    assert str(refusal(moved, IQN)).endswith("has moved for now to [2J10.0.0.1")
+
+
 @pytest.mark.parametrize("text", [[], [("TargetAddress", "")], [("TargetAddress", ",1")]])
 def test_a_redirection_to_nowhere(text: list[tuple[str, str]]) -> None:
     with pytest.raises(ProtocolViolation, match="redirection without TargetAddress"):

@@ -39,7 +39,24 @@ def serving(*options: str) -> Iterator[str]:
         finally:
             program.send_signal(signal.SIGTERM)
             assert program.wait(TIMEOUT_S) == 0
-            assert program.stderr.read() == b""
+            said = program.stderr.read().decode().splitlines()
+            assert [line for line in said if not line.startswith("portal ")] == []
+
+
+def test_several_portals_are_all_shown() -> None:
+    command = [*SERVE, "--lun", "0=ram:1M"]
+    command += ["--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0,7"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        ready = program.stdout.readline().decode()
+        program.send_signal(signal.SIGTERM)
+        out, shown = program.communicate(timeout=TIMEOUT_S)
+    match = re.fullmatch(r"ready iscsi://127\.0\.0\.1:(\d+)/\S+\n", ready)
+    assert match is not None
+    first, second = shown.decode().splitlines()
+    assert first == f"portal 127.0.0.1:{match[1]},1"
+    assert re.fullmatch(r"portal 127\.0\.0\.1:\d+,7", second)
+    assert (out, program.returncode) == (b"", 0), "ready is said once"
 
 
 def run(*command: str) -> str:
