@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_CMD_SN: Final = 1
-_BACKOFF_FIRST_S: Final = 0.1
-_BACKOFF_MAX_S: Final = 5.0
 _JOIN_BACKOFF_FIRST_S: Final = 0.5
 _JOIN_BACKOFF_MAX_S: Final = 30.0
 

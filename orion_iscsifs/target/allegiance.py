@@ -48,8 +48,7 @@ def lost(session: "Session", channel: "Channel") -> None:
     """The transport connection broke; `channel` waits for its cleanup (§8.2)."""
     wait_s, retain_s = channel.times_s
     others = session.live
-    # Nobody can come back to a discovery session (§4.3).
-    recovering = session.parameters.error_recovery_level == _RECOVERY and not session.discovery
+    recovering = session.parameters.error_recovery_level == _RECOVERY
     if not others and not session.joining and (not recovering or not retain_s):
         session.kill()
         return

@@ -130,7 +130,7 @@ async def test_a_discovery_session_ends_with_its_connection_at_every_level() -> 
             await client.send(request)
             reply = await client.expect(LoginResponse)
             assert reply.transit
-            assert b"ErrorRecoveryLevel=2" in bytes(reply.data)
+            assert b"ErrorRecoveryLevel=0" in bytes(reply.data)
         with trio.fail_after(2):
             await running.stop()
 
