@@ -10,7 +10,7 @@ import trio
 from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.errors import ConnectionLost, DeviceError, ReplacementTimedOut
 from orion_iscsifs.initiator.lun import LunDevice
-from orion_iscsifs.initiator.session import State
+from orion_iscsifs.initiator.outage import State
 from orion_iscsifs.protocol.pdu import ScsiCommand
 from orion_iscsifs.scsi.cdb import OpCode
 from orion_iscsifs.scsi.sense import SenseData, SenseKey

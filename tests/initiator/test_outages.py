@@ -10,7 +10,8 @@ from orion_iscsifs.initiator import supervisor as supervisor_module
 from orion_iscsifs.initiator.connection import CommandTimedOut
 from orion_iscsifs.initiator.dial import Nexus
 from orion_iscsifs.initiator.inbound import Inbound
-from orion_iscsifs.initiator.session import State, open_session
+from orion_iscsifs.initiator.outage import State
+from orion_iscsifs.initiator.session import open_session
 from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.protocol.pdu import (
     R2T,

@@ -8,7 +8,8 @@ import trio
 
 from orion_iscsifs.errors import ConnectionLost, ReplacementTimedOut
 from orion_iscsifs.initiator.connection import CommandTimedOut
-from orion_iscsifs.initiator.session import Session, State
+from orion_iscsifs.initiator.outage import State
+from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.protocol.pdu import (
     AsyncMessage,
@@ -109,10 +110,7 @@ def asynchronous(event: int) -> Callable[[PlayedConnection, ScsiCommand], Awaita
         pytest.param(unknown_tag, id="unknown ITT (checklist 8)"),
         pytest.param(stray_login, id="a PDU of the other role"),
         pytest.param(garbage, id="garbage"),
-        *(
-            pytest.param(asynchronous(event), id=f"async event {event}")
-            for event in (2, 3, 5)
-        ),
+        *(pytest.param(asynchronous(event), id=f"async event {event}") for event in (2, 3, 5)),
     ],
 )
 @pytest.mark.checklist(6, "4.2.2.2")
