@@ -110,7 +110,7 @@ async def test_faults_never_change_what_is_read(seed: int, connections: int, lev
                 [cut, cut, restart],
                 seed=f"{seed} {connections} {level}",
             )
-        assert hits > 0
+        assert hits > 3, "the target did misbehave"
 
 
 @pytest.mark.parametrize("connections", [1, 3])
@@ -126,7 +126,7 @@ async def test_lost_pdus_cost_neither_a_connection_nor_a_command(
     async with world(config, limits=LIMITS) as parts:
         hits = await compare_with_model(parts, faults, [], seed=f"lost {level} {connections}")
         counters = parts[2].sessions[0].counters
-        assert hits > 0
+        assert hits > 3, "the target did misbehave"
         assert (counters.logins, counters.connections_lost) == (1, 0)
         assert counters.task_management == 0
 
@@ -142,10 +142,18 @@ async def test_at_level_2_a_lost_connection_costs_no_command(connections: int) -
             _cut_one(running)
 
         faults = [Fault(act=Act.DELAY, delay_s=0.02)]
-        await compare_with_model(parts, faults, [cut], seed=f"cut {connections}", requests=240)
         counters = stack.sessions[0].counters
+        with trio.fail_after(100):
+            await compare_with_model(
+                parts,
+                faults,
+                [cut],
+                seed=f"cut {connections}",
+                requests=240,
+                enough=lambda: counters.connections_lost > 3 and counters.commands_reassigned > 0,
+            )
         assert counters.logins == 1
-        assert counters.connections_lost > 0
+        assert counters.connections_lost > 3
         assert counters.commands_reassigned > 0
 
 
