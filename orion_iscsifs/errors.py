@@ -220,6 +220,28 @@ class ScsiError(DeviceError):
         self.ascq = ascq
 
 
+class MediumError(ScsiError):
+    """The medium is damaged at `lba` (None: the device does not say where); EIO there only."""
+
+    lba: int | None = None
+
+
+class PathInaccessible(ScsiError):
+    """The target port can't serve this LUN now: standby, unavailable, or changing (SPC-4 §5.15.2).
+
+    The command was not carried out; another path, or the same one later, may do it.
+    """
+
+    retry_may_help = True
+    other_path_may_help = True
+
+
+class ReservationConflict(DeviceError):
+    """Another initiator's reservation keeps this one from writing (SPC-4 §5.13)."""
+
+    errno = _errno.EBUSY
+
+
 class NotSupported(DeviceError):
     """The device lacks an optional operation (discard, for one)."""
 

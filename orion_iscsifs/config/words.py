@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from orion_iscsifs.config import values
-from orion_iscsifs.config.settings import CONNECTIONS_MAX, DigestPreference
+from orion_iscsifs.config.settings import (
+    CONNECTIONS_MAX,
+    DigestPreference,
+    PathPolicy,
+    ReserveMode,
+)
 from orion_iscsifs.config.values import Parser, Value
 from orion_iscsifs.errors import UsageError
 
@@ -58,6 +63,25 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "tls_ca": Option(values.nonempty, "=FILE", "iscsis://: whom to trust (the system's CAs)"),
     "tls_cert": Option(values.nonempty, "=FILE", "iscsis://: our certificate, if one is wanted"),
     "tls_key": Option(values.nonempty, "=FILE", "iscsis://: its private key (as in tls_cert)"),
+    "portals": Option(values.portals, "=H:P+H:P", "further portals: paths to the same LUNs"),
+    "paths": Option(values.choice("all"), "=all", "every portal that discovery names is a path"),
+    "bind": Option(
+        values.binds, "=ADDR|IFACE+…", "source address or interface; several: one path each"
+    ),
+    "path_policy": Option(
+        values.choice(*PathPolicy),
+        "=WORD",
+        "service-time, queue-length, round-robin, failover (service-time)",
+    ),
+    "failback": Option(
+        values.failback, "=immediate|manual|S", "when I/O goes back to a better path (immediate)"
+    ),
+    "reserve": Option(
+        values.choice(*ReserveMode),
+        "=WORD",
+        "persistent reservation against a second writer: auto, require, off (auto)",
+    ),
+    "preempt": Option(values.flag, "", "take the reservation from whoever holds it"),
     "queue_depth": Option(values.queue_depth, "=auto|N", "commands in flight per LUN (auto)"),
     "cache": Option(
         values.cache, "=WORD", "none, writethrough, writeback: what write() waits for (writeback)"
@@ -87,11 +111,6 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 
 LATER: Final[Mapping[str, str]] = {
-    "portals": "several paths",
-    "paths": "several paths",
-    "bind": "source addresses",
-    "path_policy": "several paths",
-    "failback": "several paths",
     "log_dir": "the persistent write log",
     "log_size": "the persistent write log",
     "destage": "the persistent write log",
@@ -100,8 +119,6 @@ LATER: Final[Mapping[str, str]] = {
     "tier_level": "the local read tier",
     "tier_reuse": "the local read tier",
     "cache_key_file": "sealing of local data",
-    "reserve": "persistent reservations",
-    "preempt": "persistent reservations",
     "luks_key_file": "LUKS volumes",
     "metrics_listen": "the metrics endpoint",
     "audit_log": "the audit log",
