@@ -79,7 +79,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "reserve": Option(
         values.choice(*ReserveMode),
         "=WORD",
-        "persistent reservation against a second writer: auto, require, off (auto)",
+        "guard against a second writer: auto, require, off (auto)",
     ),
     "preempt": Option(values.flag, "", "take the reservation from whoever holds it"),
     "queue_depth": Option(values.queue_depth, "=auto|N", "commands in flight per LUN (auto)"),

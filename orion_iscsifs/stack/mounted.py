@@ -1,0 +1,50 @@
+"""Every device of a mount, as the file system and the monitoring see it."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from orion_iscsifs.block.device import BlockDevice
+from orion_iscsifs.config import MountConfig
+from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.stack import status
+from orion_iscsifs.stack.unit import Unit
+
+FileListener = Callable[[str, BlockDevice | None], None]
+"""Told the path of a device file that has appeared, and its device; or None: it has vanished."""
+
+
+class Stack:
+    """What is mounted. LUNs and sessions come and go while it lasts."""
+
+    def __init__(self, config: MountConfig) -> None:
+        self.config: Final = config
+        self.units: list[Unit] = []
+        self.sessions: list[Session] = []
+        self._listeners: list[FileListener] = []
+
+    @property
+    def files(self) -> dict[str, BlockDevice]:
+        """Relative path of each device file (INTERFACE §3) and its top layer."""
+        return {unit.path: unit.top for unit in self.units}
+
+    def on_files_change(self, listener: FileListener) -> None:
+        self._listeners.append(listener)
+
+    def add(self, unit: Unit) -> None:
+        self.units.append(unit)
+        for listener in self._listeners:
+            listener(unit.path, unit.top)
+
+    def remove(self, unit: Unit) -> None:
+        self.units.remove(unit)
+        for listener in self._listeners:
+            listener(unit.path, None)
+
+    def status(self) -> dict[str, Any]:
+        """The parts of INTERFACE §7 that the data path knows."""
+        mode = self.config.cache.mode
+        return {
+            "state": status.state(self.sessions),
+            "luns": [status.lun(unit, mode) for unit in self.units],
+            "sessions": [status.session(session) for session in self.sessions],
+        }

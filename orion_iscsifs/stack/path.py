@@ -1,0 +1,40 @@
+"""One path to a target: a session with an ISID of its own."""
+
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from orion_iscsifs.config import SessionConfig
+from orion_iscsifs.config.places import create_private, state_dir
+from orion_iscsifs.initiator.dial import Nexus, Portal
+from orion_iscsifs.initiator.identity import hold_isid
+from orion_iscsifs.initiator.session import Session, open_session
+
+
+class SessionPath(AbstractAsyncContextManager[object]):
+    """A context manager: logged in inside, as far as the network allows."""
+
+    session: Session
+
+    def __init__(self, target_name: str, portal: Portal, config: SessionConfig) -> None:
+        self._target_name = target_name
+        self._portal = portal
+        self._config = config
+        self._layers = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Raises what the first login raises, with nothing left open."""
+        async with AsyncExitStack() as layers:
+            isid = layers.enter_context(hold_isid(create_private(state_dir()), self._target_name))
+            nexus = Nexus(target_name=self._target_name, isid=isid, config=self._config)
+            self.session = await layers.enter_async_context(open_session(self._portal, nexus))
+            self._layers = layers.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._layers.__aexit__(kind, error, traceback)
