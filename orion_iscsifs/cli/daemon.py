@@ -49,6 +49,8 @@ class Stack(Protocol):
     @property
     def files(self) -> Mapping[str, BlockDevice]: ...
 
+    def on_files_change(self, listener: Callable[[str, BlockDevice | None], None]) -> None: ...
+
     def status(self) -> Mapping[str, Any]: ...
 
 
@@ -92,6 +94,7 @@ class Daemon:
                 config=to_toml(self._config, self._source.redacted()),
             ),
         )
+        stack.on_files_change(self._file_changed)
         self._mount = FuseMount(
             self._filesystem,
             self._mountpoint,
@@ -117,6 +120,12 @@ class Daemon:
             nursery.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
+
+    def _file_changed(self, path: str, device: BlockDevice | None) -> None:
+        if device is None:
+            self._filesystem.remove_file(path)
+        else:
+            self._filesystem.add_file(path, device)
 
     async def _serve_mount(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -25,6 +25,7 @@ from orion_iscsifs.fuse import mountpoint as mountpoints
 from orion_iscsifs.fuse import readers
 from orion_iscsifs.fuse.kernel import KernelLimits, raise_limits
 from orion_iscsifs.fuse.operations import DeviceFiles
+from orion_iscsifs.fuse.tree import Node
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class FuseMount:
         filesystem.reader_blocks = readers.install(self._loop.cancel)
         self._init()
         filesystem.invalidate = self._invalidate
+        filesystem.invalidate_name = self._invalidate_name
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._become_ready, task_status)
@@ -64,6 +66,7 @@ class FuseMount:
                 nursery.cancel_scope.cancel()
         finally:
             filesystem.invalidate = lambda _inode: None
+            filesystem.invalidate_name = lambda _node: None
             # Closes the connection, and detaches the mount if it is still there.
             pyfuse3.close(unmount=self._is_topmost())
             readers.uninstall()
@@ -137,6 +140,10 @@ class FuseMount:
             # ENOENT: the kernel has not asked for this file yet. ENOTCONN, ENODEV: it is ending.
             if error.errno not in {errno.ENOENT, errno.ENOTCONN, errno.ENODEV}:
                 _log.warning("the kernel was not told of a new size: %s", error)
+
+    def _invalidate_name(self, node: Node) -> None:
+        # In pyfuse3's own thread: the kernel may hold the folder's lock for a request of ours.
+        pyfuse3.invalidate_entry_async(node.parent, node.name, node.inode, ignore_enoent=True)
 
 
 def _options(fsname: str, config: FuseConfig) -> set[str]:

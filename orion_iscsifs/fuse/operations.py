@@ -11,7 +11,7 @@ Decisions
 * Times are those of the mount and never move: a changed mtime would make the kernel drop its page
   cache. Setting them is accepted, as `touch` and `cp -p` expect. Mode and owner belong to the
   mount options, so changing them is EPERM.
-* Inodes live as long as the mount; `forget` has nothing to do.
+* Inodes live as long as their LUN; `forget` has nothing to do.
 """
 
 import errno
@@ -106,17 +106,14 @@ class DeviceFiles(FixedOperations):
         super().__init__()
         self.invalidate: Callable[[int], None] = lambda _inode: None
         """Tells the kernel that an inode's attributes changed; set while mounted."""
+        self.invalidate_name: Callable[[Node], None] = lambda _node: None
+        """Tells the kernel that a file has vanished; set while mounted."""
         self._config = config
         self._control = {} if config.hide_control or control is None else dict(control)
         self._tree = Tree(files, list(self._control))
         self._files: dict[int, _File] = {}
         for node in self._tree.devices():
-            device = files[node.path]
-            geometry = device.geometry
-            self._files[node.inode] = _File(
-                node, device, geometry.size_bytes, self._ro(geometry), Counters()
-            )
-            device.on_geometry_change(self._geometry_listener(node.inode))
+            self._open_file(node, files[node.path])
         self._handles: dict[int, _Handle] = {}
         self._texts: dict[int, bytes] = {}
         self._next_handle = 1
@@ -247,7 +244,7 @@ class DeviceFiles(FixedOperations):
 
     @handler
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Inodes live as long as the mount."""
+        """Inodes live as long as their LUN."""
 
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -290,6 +287,27 @@ class DeviceFiles(FixedOperations):
         reply.f_namemax = 255
         return reply
 
+    # -- files that come and go ------------------------------------------------------------------
+
+    def add_file(self, path: str, device: BlockDevice) -> None:
+        """A device file has appeared. The kernel finds it when it next asks for the name."""
+        self._open_file(self._tree.add(path), device)
+
+    def remove_file(self, path: str) -> None:
+        """It has vanished. Who has it open keeps it, and gets the device's errors."""
+        file = next((file for file in self._files.values() if file.node.path == path), None)
+        if file is not None:
+            del self._files[file.node.inode]
+            self._tree.remove(file.node)
+            self.invalidate_name(file.node)
+
+    def _open_file(self, node: Node, device: BlockDevice) -> None:
+        geometry = device.geometry
+        self._files[node.inode] = _File(
+            node, device, geometry.size_bytes, self._ro(geometry), Counters()
+        )
+        device.on_geometry_change(self._geometry_listener(node.inode))
+
     # -- what others ask -------------------------------------------------------------------------
 
     def counters(self) -> dict[str, Counters]:
@@ -318,7 +336,9 @@ class DeviceFiles(FixedOperations):
 
     def _geometry_listener(self, inode: int) -> Callable[[Geometry], None]:
         def changed(geometry: Geometry) -> None:
-            file = self._files[inode]
+            file = self._files.get(inode)
+            if file is None:
+                return  # its name has gone; who has it open sees the size of then
             file.size_bytes, file.read_only = geometry.size_bytes, self._ro(geometry)
             self.invalidate(inode)
 

@@ -1,6 +1,11 @@
-"""Which files the mount has: names and inode numbers. Pure; it never changes once built."""
+"""Which files the mount has: names and inode numbers. Pure.
+
+Device files come and go with their LUNs. An inode number is never used again: whoever still has the
+old file open must not reach a new one.
+"""
 
 import enum
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -42,8 +47,9 @@ class Tree:
         self._nodes: dict[int, Node] = {ROOT_INODE: root}
         self._by_name: dict[tuple[int, bytes], Node] = {}
         self._children: dict[int, list[Node]] = {ROOT_INODE: []}
+        self._inodes = itertools.count(ROOT_INODE + 1)
         for path in devices:
-            self._add_path(path, Kind.DEVICE)
+            self.add(path)
         for name in virtual:
             self._add_path(f"{CONTROL_FOLDER}/{name}", Kind.VIRTUAL)
 
@@ -70,14 +76,24 @@ class Tree:
         """How many folders it holds: 2 more is its link count."""
         return sum(node.kind is Kind.FOLDER for node in self.children(inode))
 
-    def _add_path(self, path: str, kind: Kind) -> None:
+    def add(self, path: str) -> Node:
+        """A device file; its folders come with it."""
+        return self._add_path(path, Kind.DEVICE)
+
+    def remove(self, node: Node) -> None:
+        """Forget a device file; its folder stays."""
+        del self._nodes[node.inode]
+        del self._by_name[node.parent, node.name]
+        self._children[node.parent].remove(node)
+
+    def _add_path(self, path: str, kind: Kind) -> Node:
         *folders, last = path.split("/")
         if kind is Kind.DEVICE and path.split("/")[0] == CONTROL_FOLDER:
             raise MountError(f"file {path!r}: the name {CONTROL_FOLDER} is taken")
         parent = self._nodes[ROOT_INODE]
         for name in folders:
             parent = self._add(parent, name, Kind.FOLDER)
-        self._add(parent, last, kind)
+        return self._add(parent, last, kind)
 
     def _add(self, parent: Node, name: str, kind: Kind) -> Node:
         encoded = _encoded(name)
@@ -88,7 +104,7 @@ class Tree:
             raise MountError(f"file {existing.path!r}: there are two of this name")
         path = f"{parent.path}/{name}" if parent.path else name
         is_control = path.split("/")[0] == CONTROL_FOLDER
-        node = Node(len(self._nodes) + 1, parent.inode, encoded, path, kind, is_control)
+        node = Node(next(self._inodes), parent.inode, encoded, path, kind, is_control)
         self._nodes[node.inode] = node
         self._by_name[parent.inode, encoded] = node
         self._children[parent.inode].append(node)

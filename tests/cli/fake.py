@@ -64,6 +64,9 @@ class FakeStack:
     def files(self) -> dict[str, BlockDevice]:
         return {"lun1": self._device}
 
+    def on_files_change(self, listener: object) -> None:
+        """Nothing ever changes."""
+
     def status(self) -> dict[str, Any]:
         return {
             "luns": [{"name": "lun1", "lun": 1, "dirty_bytes": self._device.dirty_bytes}],

@@ -75,6 +75,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
     class Stack:
         files: Mapping[str, BlockDevice] = {"lun1": device}
 
+        def on_files_change(self, listener: object) -> None:
+            """Nothing ever changes."""
+
         def status(self) -> Mapping[str, Any]:
             return {"luns": [{"name": "lun1", "dirty_bytes": 5}]}
 

@@ -81,3 +81,20 @@ def test_every_node_is_found_by_its_name(paths: list[str]) -> None:
             assert tree.node(child.inode) == child
             waiting.append(child.inode)
     assert inodes == set(range(1, len(inodes) + 1))
+
+
+def test_files_come_and_go_and_inodes_are_never_used_again() -> None:
+    tree = Tree(["lun1", "lun2"], ["metrics"])
+    gone = tree.lookup(ROOT_INODE, b"lun2")
+    assert gone is not None
+    tree.remove(gone)
+    assert names(tree, ROOT_INODE) == [b"lun1", b".orion"]
+    assert tree.lookup(ROOT_INODE, b"lun2") is None
+    assert tree.node(gone.inode) is None
+    again = tree.add("lun2")
+    assert tree.lookup(ROOT_INODE, b"lun2") == again
+    assert again.inode != gone.inode
+    assert len({node.inode for node in tree.devices()}) == 2
+    assert tree.add(f"{IQN}/lun7").parent == tree.lookup(ROOT_INODE, IQN.encode()).inode  # type: ignore[union-attr]
+    with pytest.raises(MountError, match="two of this name"):
+        tree.add("lun1")
