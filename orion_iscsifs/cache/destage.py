@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from orion_iscsifs.block.device import BlockDevice
+from orion_iscsifs.block.device import BlockDevice, check_request
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.cache.dirty import DirtyFrames, Extent
@@ -114,6 +114,11 @@ class Destager:
             self._unreported = False
             raise self._last_error
 
+    def note_loss(self, error: DeviceError) -> None:
+        """Something can never be written: the next flush says so."""
+        log.error("%s", error)
+        self._unreported, self._last_error = True, error
+
     def wrote(self) -> None:
         """The device has carried out a write: it needs a flush to be durable."""
         self._flusher.note_write()
@@ -195,6 +200,8 @@ class Destager:
         succeeded = False
         buffer = self._staging.take(extent.length)
         try:
+            # The device may have shrunk: what it no longer has waits until it grows again.
+            check_request(self._device.geometry, extent.offset, extent.length)
             await self._device.write(extent.offset, _gather(extent, buffer), fua=extent.fua)
             succeeded = True
         except Exception as caught:

@@ -330,7 +330,7 @@ class DirtyFrames:
         """Nothing of the frame is in flight any more: list it again if anything is dirty."""
         frame.settled += 1
         failed, frame.stumbled = frame.stumbled, False
-        if beyond := self._table.beyond_the_end(frame) & frame.valid:
+        if beyond := self._table.beyond_the_end(frame) & frame.valid & ~frame.dirty:
             self.supersede(frame, beyond)  # the device shrank meanwhile
         if not failed:
             frame.retry_delay_s = 0.0

@@ -15,6 +15,11 @@ valid pages go on.
 
 The frames hold whole pages only. If the device's size is no multiple of 4 KiB, its last few blocks
 (the *tail*) are not cached: they are read past the cache and written through.
+
+A device that shrinks takes nothing with it that is not written yet: dirty pages beyond the new end
+stay dirty, their write-back fails as long as they are out of range, and so does every flush. They
+are written when the device has grown again. A dirty page that the new end cuts through (`_torn`)
+goes to the device as far as that has it, before anything else touches the tail.
 """
 
 import logging
@@ -52,7 +57,7 @@ from orion_iscsifs.cache.prefetch import Prefetcher
 from orion_iscsifs.cache.readahead import WINDOW_AUTO_MAX_BYTES, Readahead
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.config import CacheConfig, CacheMode
-from orion_iscsifs.errors import OrionError, UsageError, WriteProtected
+from orion_iscsifs.errors import DeviceError, OrionError, UsageError, WriteProtected
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +154,11 @@ class WritebackCache:
             length = len(target)
             start = offset & FRAME_MASK
             end = start + length
-            if end <= FRAME_BYTES and not (offset | length) & self._block_mask:
+            if (
+                end <= FRAME_BYTES
+                and not (offset | length) & self._block_mask
+                and offset + length <= self._limit
+            ):
                 pages = (1 << (end + 4095 >> 12)) - (1 << (start >> 12))
                 if frame.valid & pages == pages:
                     target[:] = frame.view[start:end]
@@ -181,6 +190,8 @@ class WritebackCache:
 
     async def flush(self) -> None:
         self.statistics.flushes += 1
+        if self._torn is not None:
+            await self._settle_torn_page()
         await self._destager.flush()
 
     async def discard(self, offset: int, length: int) -> None:
@@ -247,6 +258,8 @@ class WritebackCache:
         if cached:
             await self._fetcher.read_into(offset, target[:cached])
         if cached < length:
+            if self._torn is not None:
+                await self._settle_torn_page()
             await self._device.read_into(offset + cached, target[cached:])
 
     async def _write(self, offset: int, source: Buffer, *, fua: bool) -> None:
@@ -262,6 +275,8 @@ class WritebackCache:
         if fua and cached:
             await self._destager.write_out_durably((offset, offset + cached))
         if cached < length:
+            if self._torn is not None:
+                await self._settle_torn_page()
             await self._write_past(offset + cached, view[cached:], fua=fua)
 
     async def _absorb(self, offset: int, source: memoryview) -> None:
@@ -362,24 +377,70 @@ class WritebackCache:
         self._block_mask = geometry.logical_block_bytes - 1
         self._limit = self._table.limit = geometry.size_bytes & -PAGE_BYTES
         self._absorbs = not (self._write_through or geometry.read_only)
+        self._torn: Range | None = None
+        """The page that the end of the device cuts through, while it may be dirty."""
 
     def _change_geometry(self, geometry: Geometry) -> None:
         before = self._limit
         self._apply_geometry(geometry)
         if self._limit < before:
             self._drop_beyond_the_end(before)
+        elif self._limit > before:
+            self._books.end_rest()  # what was beyond the end is within reach again
+            self._destager.wake()
         for listener in self._listeners:
             listener(geometry)
 
     def _drop_beyond_the_end(self, before: int) -> None:
-        lost = 0
+        """Forget what is clean there; what is not stays, and is no secret."""
+        unwritten = 0
         for frame in self._table.in_range((self._limit, before)):
             pages = self._table.beyond_the_end(frame) & frame.valid
-            lost += (pages & (frame.dirty | frame.writing)).bit_count() * PAGE_BYTES
+            kept = pages & (frame.dirty | frame.writing)
+            unwritten += kept.bit_count() * PAGE_BYTES
             # What is being written is dropped when that write has ended (`Destager`).
-            self._books.supersede(frame, pages & ~frame.writing)
-        if lost:
-            log.warning("the device shrank: %d unwritten bytes beyond its end are lost", lost)
+            self._books.supersede(frame, pages & ~kept)
+        if not unwritten:
+            return
+        size = self._geometry.size_bytes
+        log.error(
+            "the device shrank to %d bytes: %d unwritten bytes lie beyond its end;"
+            " they are kept until it grows again",
+            size,
+            unwritten,
+        )
+        if size > self._limit:
+            self._torn = (self._limit, self._limit + PAGE_BYTES)
+
+    async def _settle_torn_page(self) -> None:
+        """Write the part of the torn page that the device still has, and forget the page.
+
+        It can't stay: later writes of the tail go to the device, and it would undo them.
+        """
+        span = self._torn
+        if span is None:
+            return
+        async with self._alone(span):
+            # Checkpoints above: somebody else may have settled it, or the size changed again.
+            if self._torn != span:
+                return
+            start = self._limit
+            frame = self._table.frames.get(start >> FRAME_SHIFT)
+            page = 0 if frame is None else _pages_of(frame, span) & frame.dirty
+            if frame is not None and page:
+                inside = bytes(
+                    frame.view[start & FRAME_MASK :][: self._geometry.size_bytes - start]
+                )
+                await self._device.write(start, inside)
+                self._destager.wrote()
+                if self._torn != span:
+                    return
+                self._books.supersede(frame, page)
+                lost = PAGE_BYTES - len(inside)
+                self._destager.note_loss(
+                    DeviceError(f"the device shrank: up to {lost} bytes beyond its end are lost")
+                )
+            self._torn = None
 
     def _check_change(self, offset: int, length: int) -> None:
         check_request(self._geometry, offset, length)

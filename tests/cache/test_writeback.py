@@ -10,7 +10,7 @@ from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.cache.frames import FRAME_BYTES
 from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.config import CacheConfig, CacheMode
-from orion_iscsifs.errors import OutOfRange, ScsiError, UsageError, WriteProtected
+from orion_iscsifs.errors import DeviceError, OutOfRange, ScsiError, UsageError, WriteProtected
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
 from tests.cache.helpers import KIB, MIB, Rig, rig
@@ -221,22 +221,58 @@ async def test_growth_travels_up_and_drops_nothing(autojump_clock: object) -> No
         assert r.memory.peek(2 * MIB - 4 * KIB, 4 * KIB) == b"y" * 4 * KIB
 
 
-async def test_shrinking_drops_what_is_beyond_and_says_so(
+async def test_what_is_unwritten_beyond_a_new_end_is_kept_until_it_can_be_written(
     autojump_clock: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig(size_bytes=4 * MIB) as r:
         await r.cache.write(MIB - 8 * KIB, b"x" * 16 * KIB)
         await r.cache.write(3 * MIB, b"y" * 4 * KIB)
+        await r.read(2 * MIB, 4 * KIB)
         r.memory.change_geometry(size_bytes=MIB)
-        assert "12288 unwritten bytes" in caplog.text
+        assert "12288 unwritten bytes lie beyond its end" in caplog.text
         with pytest.raises(OutOfRange):
             await r.read(MIB, 4 * KIB)
         with pytest.raises(OutOfRange):
             await r.cache.write(MIB, bytes(512))
-        await r.cache.flush()
-        assert r.memory.peek(MIB - 8 * KIB, 8 * KIB) == b"x" * 8 * KIB
+        for _ in range(2):
+            with pytest.raises(OutOfRange):
+                await r.cache.flush()
+        assert r.memory.peek(MIB - 8 * KIB, 8 * KIB) == b"x" * 8 * KIB, "what is inside is written"
+        assert r.cache.statistics.dirty_bytes == 12 * KIB
+        r.cache.check()
         r.memory.change_geometry(size_bytes=2 * MIB)
-        assert await r.read(MIB, 8 * KIB) == bytes(8 * KIB)
+        assert await r.read(MIB, 8 * KIB) == b"x" * 8 * KIB
+        r.memory.change_geometry(size_bytes=4 * MIB)
+        await r.cache.flush()
+        assert r.memory.peek(MIB, 8 * KIB) == b"x" * 8 * KIB
+        assert r.memory.peek(3 * MIB, 4 * KIB) == b"y" * 4 * KIB
+        assert r.cache.statistics.dirty_bytes == 0
+        r.cache.check()
+
+
+@pytest.mark.parametrize("first", ["read", "write", "flush"])
+async def test_a_page_that_the_new_end_cuts_through(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture, first: str
+) -> None:
+    """Its inner part is on the device before anything else touches those blocks."""
+    async with rig(size_bytes=4 * MIB) as r:
+        await r.cache.write(MIB, b"x" * 4 * KIB)
+        r.memory.change_geometry(size_bytes=MIB + 1024)
+        if first == "read":
+            assert await r.read(MIB, 1024) == b"x" * 1024
+        elif first == "write":
+            await r.cache.write(MIB + 512, b"z" * 512)
+            assert await r.read(MIB, 1024) == b"x" * 512 + b"z" * 512
+        with pytest.raises(DeviceError, match="up to 3072 bytes beyond its end are lost"):
+            await r.cache.flush()
+        await r.cache.flush()
+        after = b"z" if first == "write" else b"x"
+        assert r.memory.peek(MIB, 1024) == b"x" * 512 + after * 512
+        assert r.cache.statistics.dirty_bytes == 0
+        r.memory.change_geometry(size_bytes=2 * MIB)
+        await r.cache.flush()
+        assert await r.read(MIB, 4 * KIB) == b"x" * 512 + after * 512 + bytes(3 * KIB)
+        r.cache.check()
 
 
 async def test_shrinking_during_a_write_back_and_a_fetch(
@@ -267,8 +303,12 @@ async def test_shrinking_during_a_write_back_and_a_fetch(
             faults.release("write")
             faults.release("read")
         cache.check()
-        assert cache.statistics.dirty_bytes == 0
+        assert cache.statistics.dirty_bytes == 4 * KIB
+        memory.change_geometry(size_bytes=4 * MIB)
         await cache.flush()
+        assert memory.peek(3 * MIB, 4 * KIB) == b"y" * 4 * KIB
+        assert cache.statistics.dirty_bytes == 0
+        cache.check()
     assert "unwritten bytes" in caplog.text
 
 
