@@ -34,6 +34,7 @@ from pyfuse3 import (
 )
 
 from orion_iscsifs.block.device import BlockDevice, Geometry
+from orion_iscsifs.block.gone import GoneDevice
 from orion_iscsifs.config import FuseConfig
 from orion_iscsifs.errors import OrionError
 from orion_iscsifs.fuse.buffers import BUFFER_BYTES, POOLED_BYTES_MIN, ReplyBuffers
@@ -294,11 +295,13 @@ class DeviceFiles(FixedOperations):
         self._open_file(self._tree.add(path), device)
 
     def remove_file(self, path: str) -> None:
-        """It has vanished. Who has it open keeps it, and gets the device's errors."""
+        """It has vanished. Who has it open keeps it, and gets errors."""
         file = next((file for file in self._files.values() if file.node.path == path), None)
         if file is not None:
             del self._files[file.node.inode]
             self._tree.remove(file.node)
+            # Its layers are closed after this: who has the file open must not reach them.
+            file.device = GoneDevice(path, file.device.geometry)
             self.invalidate_name(file.node)
 
     def _open_file(self, node: Node, device: BlockDevice) -> None:

@@ -168,6 +168,8 @@ class LogicalUnit:
             raise self._failure(what, task, sense)
         if action is Action.REREAD_CAPACITY:
             await self.reread_limits()
+        elif action is Action.RESCAN_LUNS:
+            self.session.luns_changed()
 
     def _failure(self, what: str, task: Task, sense: SenseData | None) -> DeviceError:
         return verdict.error(f"LUN {self.number}: {what}", task.status, sense)

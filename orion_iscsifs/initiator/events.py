@@ -34,7 +34,8 @@ from orion_iscsifs.protocol.states import (
 )
 from orion_iscsifs.protocol.text_negotiation import TextExchange
 from orion_iscsifs.scsi.lun import decode_lun
-from orion_iscsifs.scsi.sense import decode_sense
+from orion_iscsifs.scsi.sense import Status, decode_sense
+from orion_iscsifs.scsi.verdict import Action, judge
 
 if TYPE_CHECKING:
     from orion_iscsifs.initiator.session import Session
@@ -107,7 +108,10 @@ class Events:
     def _scsi_event(self, connection: Connection, pdu: AsyncMessage) -> None:
         length = int.from_bytes(pdu.data[:2], "big")
         sense = decode_sense(bytes(pdu.data[2 : 2 + length]))
-        log.warning("%s: LUN %s reports: %s", connection.peer, decode_lun(pdu.lun), sense)
+        number = decode_lun(pdu.lun)
+        log.warning("%s: LUN %s reports: %s", connection.peer, number, sense.describe())
+        if judge(Status.CHECK_CONDITION, sense) is Action.RESCAN_LUNS:
+            self._session.luns_changed()
         for listener in self._session.scsi_event_listeners:
             listener(pdu.lun, sense)
 

@@ -32,7 +32,7 @@ _UNMAP_BLOCKS_MAX: Final = 1 << 22
 """Our own limit for one UNMAP when the device states none."""
 
 
-class _AnotherDisk(DeviceError):
+class AnotherDisk(DeviceError):
     """The LUN's number is the same and its disk is not."""
 
 
@@ -60,6 +60,19 @@ class LunDevice:
         self.info = info
         self._geometry = info.geometry(read_only=self._read_only)
         self._shift = info.capacity.block_bytes.bit_length() - 1
+
+    def close(self) -> None:
+        """Leave the session: it does not look after this LUN any more."""
+        session = self._unit.session
+        session.checks.remove(self._check_after_login)
+        session.scsi_event_listeners.remove(self._scsi_event)
+
+    async def refresh(self) -> None:
+        """Look at the LUN again: a change is taken and told, as when the device reports one.
+
+        Raises AnotherDisk (the LUN is refused from then on) or what the commands raise.
+        """
+        await self._reread()
 
     @property
     def geometry(self) -> Geometry:
@@ -149,7 +162,7 @@ class LunDevice:
                 return
             except DeviceError as error:
                 # A target may listen before it has all of its LUNs.
-                if isinstance(error, _AnotherDisk) or trio.current_time() >= settled:
+                if isinstance(error, AnotherDisk) or trio.current_time() >= settled:
                     log.error("%s", error.line)
                     self._unit.refuse(error)
                     return
@@ -180,14 +193,14 @@ class LunDevice:
             return
         try:
             self._compare(info)
-        except _AnotherDisk as error:
+        except AnotherDisk as error:
             self._unit.refuse(error)
             raise
 
     def _compare(self, info: LunInfo) -> None:
         """Take what a new probe found, unless it is another disk."""
         if self.info.is_other_disk(info):
-            raise _AnotherDisk(
+            raise AnotherDisk(
                 f"LUN {self._unit.number} is another disk now: {_shown(info)};"
                 f" it was {_shown(self.info)}",
                 advice="mount again to use the new disk; unwritten data belongs to the old one",

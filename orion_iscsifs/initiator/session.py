@@ -86,6 +86,8 @@ class Session:
         an OrionError ends the connection."""
         self.scsi_event_listeners: list[Callable[[int, SenseData], None]] = []
         """Called with the LUN field and the sense data of a SCSI event (async event 0)."""
+        self.lun_listeners: list[Callable[[], None]] = []
+        """Called when the target says that it has other LUNs than before (3F/0E)."""
         self._events = Events(self)
         self._refusal: OrionError | None = None
         """Why the target does not let us in again."""
@@ -268,6 +270,11 @@ class Session:
         task.connection.release(task, answered=False)
         task.error = error
         self._wake(task)
+
+    def luns_changed(self) -> None:
+        """The target says that it has other LUNs than before."""
+        for listener in self.lun_listeners:
+            listener()
 
     @property
     def is_idle(self) -> bool:

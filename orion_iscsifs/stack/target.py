@@ -1,20 +1,19 @@
-"""One target of a mount: its session and its LUNs, and what changes in both.
-
-A target that is mounted as a whole shows every disk that it has. `follow` looks again whenever the
-target says that its LUNs have changed (unit attention 3F/0E), and now and then by itself: what is
-new becomes a file, what has gone loses its file, unless something of it is still unwritten. It also
-asks each disk for its size, for targets that say nothing when it grows.
-"""
+"""One target of a mount: its session and its LUNs, and how they come and go."""
 
 import logging
+from collections.abc import Iterable
+
+import trio
 
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.errors import DeviceError, LunNotFound, NotADisk, OrionError
 from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.initiator.dial import Portal
-from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.initiator.lun import AnotherDisk, LunDevice
+from orion_iscsifs.initiator.outage import State
 from orion_iscsifs.initiator.probe import report_luns
 from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.stack.follow import SETTLE_S, Follower
 from orion_iscsifs.stack.lifetime import House, Inhabitant
 from orion_iscsifs.stack.mounted import Stack
 from orion_iscsifs.stack.path import SessionPath
@@ -45,6 +44,13 @@ class Target:
         self._path: Inhabitant | None = None
         self._session: Session | None = None
         self._units: dict[int, tuple[Unit, Inhabitant]] = {}
+        self._missing: dict[int, float] = {}
+        """LUNs with a file that the target did not list, and since when."""
+        self._kept: set[int] = set()
+        """Of these, those that keep their file for their unwritten data."""
+        self._left_out: dict[int, str] = {}
+        """LUNs without a file, and why."""
+        self._follower = Follower(name, self.look_again)
 
     async def open(self, portal: Portal) -> None:
         """Log in at `portal` and open the LUNs; raises an OrionError with nothing left open."""
@@ -52,42 +58,122 @@ class Target:
         self._path = await self._house.move_in(path)
         self._session = path.session
         try:
-            disks = await self._open_disks(path.session)
-            self._stack.sessions.append(path.session)
-            for number, disk in disks.items():
-                await self._add(number, disk)
+            await self._open_luns(path.session)
         except OrionError:
             await self._undo()
             raise
+        self._stack.sessions.append(path.session)
+        path.session.lun_listeners.append(self._follower.news)
+        self._house.nursery.start_soon(self._follower.run)
 
-    async def _add(self, number: int, disk: LunDevice) -> None:
-        unit = Unit(f"{self._prefix}lun{number}", number, self.name, disk, self._config)
-        inhabitant = await self._house.move_in(unit)
-        self._units[number] = unit, inhabitant
-        self._stack.add(unit)
-
-    async def _open_disks(self, session: Session) -> dict[int, LunDevice]:
+    async def _open_luns(self, session: Session) -> None:
         """The named LUN, or every disk: controllers and the like are passed over."""
-        read_only = self._config.fuse.read_only
         if self._lun is not None:
-            return {self._lun: await LunDevice.open(session, self._lun, read_only=read_only)}
-        disks: dict[int, LunDevice] = {}
+            await self._add(session, self._lun)
+            return
         for number in sorted(await report_luns(LogicalUnit(session, 0))):
-            try:
-                disks[number] = await LunDevice.open(session, number, read_only=read_only)
-            except NotADisk as error:
-                log.info("%s", error)
-            except DeviceError as error:
-                log.warning("LUN %d is left out: %s", number, error)
-        if not disks:
+            await self._try_to_add(session, number)
+        if not self._units:
             raise LunNotFound(
                 f"{self.name}: the target has no disk LUN",
                 advice="check which LUNs the target shows to this initiator name",
             )
-        return disks
+
+    async def _add(self, session: Session, number: int) -> None:
+        read_only = self._config.fuse.read_only
+        disk = await LunDevice.open(session, number, read_only=read_only)
+        unit = Unit(f"{self._prefix}lun{number}", number, self.name, disk, self._config)
+        try:
+            inhabitant = await self._house.move_in(unit)
+        except OrionError:
+            disk.close()
+            raise
+        self._units[number] = unit, inhabitant
+        self._stack.add(unit)
+
+    async def _try_to_add(self, session: Session, number: int) -> None:
+        """A LUN that was listed; one that can't be opened is left out, which is said once."""
+        try:
+            await self._add(session, number)
+        except DeviceError as error:
+            if self._left_out.get(number) != str(error):
+                self._left_out[number] = str(error)
+                level = logging.INFO if isinstance(error, NotADisk) else logging.WARNING
+                log.log(level, "%s: LUN %d has no file: %s", self.name, number, error)
+        else:
+            self._left_out.pop(number, None)
+
+    # -- following the target ----------------------------------------------------------------
+
+    async def look_again(self) -> bool:
+        """See `follow`. True: something is missing that may not have gone."""
+        session = self._session
+        assert session is not None
+        if session.state is not State.LOGGED_IN:
+            # The checks after the next login look by themselves.
+            return False
+        for number in sorted(self._units):
+            await self._refresh(number)
+        if self._lun is not None:
+            return False
+        logins = session.counters.logins
+        listed = set(await report_luns(LogicalUnit(session, 0)))
+        if session.counters.logins != logins:
+            return True
+        for number in sorted(listed - self._units.keys()):
+            await self._try_to_add(session, number)
+        return await self._settle(listed)
+
+    async def _refresh(self, number: int) -> None:
+        unit, _ = self._units[number]
+        try:
+            await unit.disk.refresh()
+        except AnotherDisk:
+            # Refused by now; said by the device. Unwritten data waits for its own disk.
+            if self._lun is None and not unit.dirty_bytes:
+                await self._drop(number)
+        except DeviceError as error:
+            log.debug("%s: LUN %d: %s", self.name, number, error)
+
+    async def _settle(self, listed: Iterable[int]) -> bool:
+        """Files whose LUN has been missing for long enough go; True if some may yet go."""
+        now = trio.current_time()
+        missing = self._units.keys() - set(listed)
+        self._missing = {number: self._missing.get(number, now) for number in missing}
+        for number, since in sorted(self._missing.items()):
+            if now - since < SETTLE_S:
+                continue
+            unit, _ = self._units[number]
+            if not unit.dirty_bytes:
+                del self._missing[number]
+                await self._drop(number)
+            elif number not in self._kept:
+                self._kept.add(number)
+                log.error(
+                    "%s: LUN %d has gone with %d bytes that were to be written to it:"
+                    " its file stays until it comes back",
+                    self.name,
+                    number,
+                    unit.dirty_bytes,
+                )
+        self._kept &= missing
+        return bool(self._missing.keys() - self._kept)
+
+    async def _drop(self, number: int) -> None:
+        """The LUN has gone: its file goes at once, its layers after it."""
+        unit, inhabitant = self._units.pop(number)
+        log.warning("%s: LUN %d has gone, and its file with it", self.name, number)
+        self._stack.remove(unit)
+        try:
+            await self._house.move_out(inhabitant)
+        except OrionError as error:
+            log.warning("%s: %s", self.name, error)
+
+    # -- ending ------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """Flush and close the LUNs, then log out; the first OrionError is raised."""
+        await self._follower.stop()
         errors: list[OrionError] = []
         for unit, inhabitant in list(self._units.values()):
             try:

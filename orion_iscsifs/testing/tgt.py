@@ -61,6 +61,11 @@ class TgtTarget:
         how = ["--bstype", "rdwr", "-b", str(backing), "--blocksize", str(block_bytes)]
         self._daemon.configure(["--op", "new", "--mode", "logicalunit", *where, *how])
 
+    def remove_lun(self, lun: int) -> None:
+        """Take a LUN away, in mid-use too."""
+        where = ["--tid", str(self.tid), "--lun", str(lun)]
+        self._daemon.configure(["--op", "delete", "--mode", "logicalunit", *where])
+
     def set_parameter(self, name: str, value: str) -> None:
         """A negotiation parameter (`InitialR2T`, `HeaderDigest`, ...) for logins from now on."""
         self._update("target", ["--name", name, "--value", value])
