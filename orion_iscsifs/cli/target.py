@@ -3,7 +3,7 @@
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from orion_iscsifs.target.settings import Limits
 DEFAULT_IQN: Final = "iqn.2026-11.org.orion-iscsifs:disk"
 DEFAULT_LISTEN: Final = "127.0.0.1:3260"
 CONNECTIONS_MAX: Final = 64
+FOLLOW_INTERVAL_S: Final = 1.0
 _BLOCK_BYTES: Final = (512, 4096)
 _LUN_OPTION: Final = re.compile(r"(?:size=.*|ro|block=.*|physical=.*)\Z")
 _NAME: Final = re.compile(r"(?:iqn|eui|naa)\.[a-z0-9.:\-]{1,219}\Z")
@@ -154,7 +155,8 @@ def target() -> None:
     multiple=True,
     required=True,
     metavar="N=PATH[,size=SIZE][,ro][,block=4096][,physical=512]",
-    help="A logical unit; repeatable. PATH may be ram:SIZE.",
+    help="A logical unit; repeatable. PATH may be ram:SIZE. When a file is resized (truncate -s), "
+    "initiators are told within a second.",
 )
 @click.option("--chap-user", metavar="U", help="Initiators must log in with CHAP as this user.")
 @click.option(
@@ -241,8 +243,21 @@ async def _serve(
             if len(portals) > 1:
                 for (host, port), group in zip(running.portals, running.portal_groups, strict=True):
                     click.echo(f"portal {bracketed(host)}:{port},{group}", err=True)
-            async for _ in signals:
-                break
+            async with trio.open_nursery() as nursery:
+                files = {number: d for number, d in units.items() if isinstance(d, FileDevice)}
+                nursery.start_soon(_follow, files)
+                async for _ in signals:
+                    break
+                nursery.cancel_scope.cancel()
+
+
+async def _follow(files: Mapping[int, FileDevice]) -> None:
+    """Notice files that are resized behind our back (truncate -s)."""
+    while True:
+        await trio.sleep(FOLLOW_INTERVAL_S)
+        for number, device in files.items():
+            if device.follow():
+                click.echo(f"lun {number} has {device.geometry.size_bytes} bytes now", err=True)
 
 
 def _device(option: LunOption) -> RamDevice | FileDevice:

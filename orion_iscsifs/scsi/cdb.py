@@ -52,6 +52,7 @@ class OpCode(enum.IntEnum):
     SERVICE_ACTION_IN_16 = 0x9E
     REPORT_LUNS = 0xA0
     MAINTENANCE_IN = 0xA3
+    MAINTENANCE_OUT = 0xA4
     READ_12 = 0xA8
     WRITE_12 = 0xAA
     WRITE_AND_VERIFY_12 = 0xAE

@@ -54,6 +54,8 @@ class StandardInquiry:
     version: int = 6
     """6: SPC-4."""
     command_queuing: bool = True
+    tpgs: int = 0
+    """Asymmetric access: 0 none, 1 implicit, 2 explicit transitions, 3 both; see `alua`."""
     vendor: str = ""
     product: str = ""
     revision: str = ""
@@ -76,6 +78,7 @@ def decode_inquiry(data: Buffer) -> StandardInquiry:
         removable=bool(data[1] & 0x80),
         version=data[2],
         command_queuing=bool(field(data, 7, 1) & 0x02),
+        tpgs=field(data, 5, 1) >> 4 & 3,
         vendor=_text(data, 8, 8),
         product=_text(data, 16, 16),
         revision=_text(data, 32, 4),
@@ -89,6 +92,7 @@ def encode_inquiry(inquiry: StandardInquiry) -> bytes:
     data[2] = inquiry.version
     data[3] = 0x12  # HISUP, response data format 2
     data[4] = len(data) - 5
+    data[5] = inquiry.tpgs << 4
     data[7] = inquiry.command_queuing << 1
     data[8:16] = inquiry.vendor.encode("ascii").ljust(8)[:8]
     data[16:32] = inquiry.product.encode("ascii").ljust(16)[:16]

@@ -13,10 +13,11 @@
     tasks.py        one SCSI command: its write data, its residuals
     management.py   task management functions
     texts.py        Text Requests: SendTargets
+    access.py       asymmetric access: a state for each portal group
     unit.py         a logical unit: a device, its identity, the sessions that use it
     commands.py     SCSI commands that move or change blocks
     inquiries.py    SCSI commands that only tell
-    backing.py      files and memory as devices
+    backing.py      files and memory as devices; troubled.py: devices that run full or go bad
     faults.py, mischief.py   misbehaviour on demand, for tests
 """
 
@@ -26,12 +27,14 @@ from orion_iscsifs.target.login_faults import LoginAct, LoginFault, LoginFaults,
 from orion_iscsifs.target.portals import Portal
 from orion_iscsifs.target.server import Running, serve
 from orion_iscsifs.target.settings import Chap, TargetConfig
+from orion_iscsifs.target.troubled import FlawedDevice, ThinDevice
 
 __all__ = [
     "Chap",
     "Fault",
     "Faults",
     "FileDevice",
+    "FlawedDevice",
     "InlineDevice",
     "LoginAct",
     "LoginFault",
@@ -40,6 +43,7 @@ __all__ = [
     "RamDevice",
     "Running",
     "TargetConfig",
+    "ThinDevice",
     "When",
     "open_backing",
     "serve",

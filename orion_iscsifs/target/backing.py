@@ -52,6 +52,13 @@ class ExtentDevice(Protocol):
         """From `offset`: so many bytes (at least one block) hold data, or read as zeroes."""
 
 
+@runtime_checkable
+class ThresholdDevice(Protocol):
+    """A device that says when its space is about to run out."""
+
+    def on_threshold(self, listener: Callable[[], None]) -> None: ...
+
+
 class _Listeners:
     """The geometry of a device and who wants to know about its changes."""
 
@@ -62,9 +69,15 @@ class _Listeners:
     def on_geometry_change(self, listener: GeometryListener) -> None:
         self._listeners.append(listener)
 
-    def _replace_geometry(self, size_bytes: int) -> None:
-        old = self.geometry
-        self.geometry = replace(old, size_bytes=size_bytes)
+    def set_read_only(self, read_only: bool = True) -> None:
+        """Write protection comes or goes."""
+        self._replace_geometry(replace(self.geometry, read_only=read_only))
+
+    def _resized(self, size_bytes: int) -> None:
+        self._replace_geometry(replace(self.geometry, size_bytes=size_bytes))
+
+    def _replace_geometry(self, geometry: Geometry) -> None:
+        self.geometry = geometry
         for listener in self._listeners:
             listener(self.geometry)
 
@@ -163,7 +176,7 @@ class RamDevice(_Listeners):
         self.view.release()
         self._map.resize(size_bytes)
         self.view = memoryview(self._map)
-        self._replace_geometry(size_bytes)
+        self._resized(size_bytes)
 
 
 class FileDevice(_Listeners):
@@ -257,7 +270,25 @@ class FileDevice(_Listeners):
 
     def resize(self, size_bytes: int) -> None:
         os.ftruncate(self._fd, size_bytes)
-        self._replace_geometry(size_bytes)
+        self._resized(size_bytes)
+
+    def follow(self) -> bool:
+        """Take over the size that the file has got behind our back; whether it has changed.
+
+        Whole blocks count, and an empty file is left for later: somebody is just writing it anew.
+        """
+        block = self.geometry.logical_block_bytes
+        size = os.lseek(self._fd, 0, os.SEEK_END) // block * block
+        if size in {0, self.geometry.size_bytes}:
+            return False
+        self._resized(size)
+        return True
+
+    def set_read_only(self, read_only: bool = True) -> None:
+        """Raises UsageError: the file was opened for reading only."""
+        if not read_only and fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise UsageError("the file was opened for reading only")
+        super().set_read_only(read_only)
 
     # -- in a thread --------------------------------------------------------------------------
 

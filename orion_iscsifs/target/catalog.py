@@ -1,15 +1,15 @@
 """Which SCSI commands there are: one table that dispatches them and reports them (SPC-4 §6.35)."""
 
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
 
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.errors import OrionError
+from orion_iscsifs.scsi import alua, sense
 from orion_iscsifs.scsi import cdb as cdbs
-from orion_iscsifs.scsi import sense
 from orion_iscsifs.scsi.cdb import OpCode, ServiceAction
-from orion_iscsifs.target import commands, inquiries
+from orion_iscsifs.target import access, commands, inquiries
 from orion_iscsifs.target.commands import Result
 from orion_iscsifs.target.unit import (
     LogicalUnit,
@@ -20,25 +20,42 @@ from orion_iscsifs.target.unit import (
     sense_of,
 )
 
+if TYPE_CHECKING:
+    from orion_iscsifs.target.session import Session
+
 Handler = Callable[[LogicalUnit, bytes, Buffer], Result]
+NexusHandler = Callable[["Session", LogicalUnit, bytes, Buffer], Result]
+"""Of a command whose answer depends on the I_T nexus, the session, that it came through."""
 DataOutLength = Callable[[LogicalUnit, bytes], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`usage` is the CDB USAGE DATA: the bits of each CDB byte that mean something."""
+    """`usage` is the CDB USAGE DATA: the bits of each CDB byte that mean something.
 
-    handler: Handler
+    `usages` has that of single service actions, where it differs. Exactly one of `handler` and
+    `of_nexus` carries the command out.
+    """
+
+    handler: Handler | None
     usage: str
     data_out: DataOutLength | None = None
     service_actions: tuple[int, ...] = ()
     writes: bool = False
     exact: bool = False
     """The initiator must have just as much Data-Out as the CDB asks for."""
+    of_nexus: NexusHandler | None = None
+    usages: Mapping[int, str] = field(default_factory=dict)
 
 
-def report_supported_operation_codes(_unit: LogicalUnit, cdb: bytes, _data: Buffer) -> Result:
-    """MAINTENANCE IN, service action 0Ch."""
+def maintenance_in(session: "Session", unit: LogicalUnit, cdb: bytes, _data: Buffer) -> Result:
+    """REPORT TARGET PORT GROUPS and REPORT SUPPORTED OPERATION CODES."""
+    if cdb[1] & 0x1F == alua.SERVICE_ACTION:
+        return access.report_target_port_groups(session, unit, cdb)
+    return _report_supported_operation_codes(cdb)
+
+
+def _report_supported_operation_codes(cdb: bytes) -> Result:
     if cdb[1] & 0x1F != ServiceAction.REPORT_SUPPORTED_OPERATION_CODES:
         raise Refused(sense.INVALID_FIELD_IN_CDB)
     asked = cdbs.parse_report_supported_operation_codes(cdb)
@@ -73,7 +90,8 @@ def _one(asked: cdbs.ReportSupportedOperationCodes) -> bytes:
         raise Refused(replace(sense.INVALID_FIELD_IN_CDB, cdb_field=_REPORTING_OPTIONS))
     if command is None or (actions and asked.service_action not in actions):
         return bytes((0, 1, 0, 0))
-    usage = bytes((asked.opcode,)) + bytes.fromhex(command.usage)[1:]
+    text = command.usages.get(asked.service_action, command.usage) if actions else command.usage
+    usage = bytes((asked.opcode,)) + bytes.fromhex(text)[1:]
     head = bytes((0, asked.return_timeouts << 7 | 3)) + len(usage).to_bytes(2, "big")
     return head + usage + (_NO_TIMEOUTS if asked.return_timeouts else b"")
 
@@ -91,7 +109,7 @@ COMMANDS: Final[dict[int, Command]] = {
     OpCode.REQUEST_SENSE: Command(inquiries.request_sense, "ff010000ff00"),
     OpCode.READ_6: Command(commands.read, _6),
     OpCode.WRITE_6: Command(commands.write, _6, commands.write_length, writes=True),
-    OpCode.INQUIRY: Command(inquiries.inquire, "ff01ffffff00"),
+    OpCode.INQUIRY: Command(None, "ff01ffffff00", of_nexus=inquiries.inquire),
     OpCode.MODE_SENSE_6: Command(inquiries.mode_sense, "ff08ffffff00"),
     OpCode.START_STOP_UNIT: Command(inquiries.start_stop_unit, "ff0100f1f700"),
     OpCode.PREVENT_ALLOW_MEDIUM_REMOVAL: Command(
@@ -154,9 +172,18 @@ COMMANDS: Final[dict[int, Command]] = {
     ),
     OpCode.REPORT_LUNS: Command(inquiries.report_luns, "ff00ff000000ffffffff0000"),
     OpCode.MAINTENANCE_IN: Command(
-        report_supported_operation_codes,
+        None,
         "ff1f87ffffffffffffff0000",
-        service_actions=(ServiceAction.REPORT_SUPPORTED_OPERATION_CODES,),
+        service_actions=(alua.SERVICE_ACTION, ServiceAction.REPORT_SUPPORTED_OPERATION_CODES),
+        of_nexus=maintenance_in,
+        usages={alua.SERVICE_ACTION: "ffff00000000ffffffff0000"},
+    ),
+    OpCode.MAINTENANCE_OUT: Command(
+        None,
+        "ff1f00000000ffffffff0000",
+        access.wishes_length,
+        service_actions=(alua.SERVICE_ACTION,),
+        of_nexus=access.set_target_port_groups,
     ),
     OpCode.READ_12: Command(commands.read, _12),
     OpCode.WRITE_12: Command(commands.write, _12, commands.write_length, writes=True),
@@ -184,13 +211,17 @@ def data_out_length(unit: LogicalUnit | None, cdb: bytes, offered: int) -> int |
         return check_condition(refusal.reason)
 
 
-def execute(unit: LogicalUnit, cdb: bytes, data: Buffer) -> Result:
+def execute(session: "Session", unit: LogicalUnit, cdb: bytes, data: Buffer) -> Result:
     """Run one command: its outcome, or a coroutine that has it later and raises nothing."""
     command = COMMANDS.get(cdb[0])
     if command is None:
         return check_condition(sense.INVALID_OPCODE)
     try:
-        result = command.handler(unit, cdb, data)
+        if command.handler is not None:
+            result = command.handler(unit, cdb, data)
+        else:
+            assert command.of_nexus is not None
+            result = command.of_nexus(session, unit, cdb, data)
     except Refused as refusal:
         return check_condition(refusal.reason)
     return result if type(result) is Outcome else _settled(result, writing=command.writes)

@@ -210,7 +210,7 @@ async def _compare_and_write(
     if found != expected:
         return _miscompare(found, expected)
     if not inline.write_now(offset, new):
-        return check_condition(sense.WRITE_ERROR)
+        await unit.device.write(offset, new)  # meets the same obstacle, and names it
     if fua:
         await unit.device.flush()
     return GOOD
@@ -236,8 +236,9 @@ async def _or_write(unit: LogicalUnit, offset: int, data: Buffer, *, fua: bool) 
     while not inline.read_now(offset, memoryview(found)):
         await unit.device.read_into(offset, memoryview(found))
     merged = int.from_bytes(found, "big") | int.from_bytes(data, "big")
-    if not inline.write_now(offset, merged.to_bytes(len(data), "big")):
-        return check_condition(sense.WRITE_ERROR)
+    result = merged.to_bytes(len(data), "big")
+    if not inline.write_now(offset, result):
+        await unit.device.write(offset, result)  # meets the same obstacle, and names it
     if fua:
         await unit.device.flush()
     return GOOD

@@ -16,12 +16,18 @@ import trio
 
 from orion_iscsifs.protocol.pdu import DataIn, DataOut, RejectReason, ScsiCommand
 from orion_iscsifs.scsi.cdb import OpCode
-from orion_iscsifs.scsi.sense import POWER_ON, SenseData
+from orion_iscsifs.scsi.sense import (
+    LUN_NOT_SUPPORTED,
+    POWER_ON,
+    REPORTED_LUNS_CHANGED,
+    SenseData,
+)
+from orion_iscsifs.target.access import Access
 from orion_iscsifs.target.answers import answers
 from orion_iscsifs.target.catalog import data_out_length, execute, execute_without_unit
 from orion_iscsifs.target.mischief import answer_wrongly, arrive_wrongly, misbehave, send_r2t
 from orion_iscsifs.target.tasks import Recovery, Task
-from orion_iscsifs.target.unit import Outcome, check_condition
+from orion_iscsifs.target.unit import LogicalUnit, Outcome, check_condition
 
 if TYPE_CHECKING:
     from orion_iscsifs.target.channel import Channel
@@ -31,6 +37,9 @@ _IMMEDIATE_MAX: Final = 32
 """Immediate commands beyond the window that may be here at once."""
 _CLEAR_OF_ATTENTION: Final = frozenset({OpCode.INQUIRY, OpCode.REPORT_LUNS, OpCode.REQUEST_SENSE})
 """These never report a unit attention as their status (SAM-5 §5.14)."""
+
+_NO_ACCESS: Final = Access((), lambda _: None)
+"""Of a discovery session, which has no commands."""
 
 
 class Execution:
@@ -42,6 +51,7 @@ class Execution:
         self._stats = session.stats
         self._units = session.units
         self._faults = session.target.faults if session.target is not None else None
+        self._access = session.target.access if session.target is not None else _NO_ACCESS
         self._write_room_bytes = session.limits.write_buffer_bytes_max
         self._tasks_max = session.limits.command_window + _IMMEDIATE_MAX
         self._recover = session.parameters.error_recovery_level > 0 and session.limits.recovery_r2ts
@@ -124,12 +134,11 @@ class Execution:
         self._stats.commands[opcode] += 1
         task.delivered = True
         unit = task.unit
-        if unit is not None and self.attentions:
-            pending = self.attentions.get(unit.number)
-            if pending and opcode not in _CLEAR_OF_ATTENTION:
-                task.failure = check_condition(pending.pop(0))
-            elif not pending:
-                self.attentions.pop(unit.number, None)
+        if self._access.restricted and unit is not None:
+            refusal = self._access.refuses(self._session.portal_group_tag, pdu.cdb)
+            task.failure = refusal or task.failure
+        if self.attentions:
+            self._attend(task, opcode)
         if self._faults:
             assert task.channel is not None
             task.fault = self._faults.take(opcode, task.channel.cid)
@@ -137,6 +146,29 @@ class Execution:
                 misbehave(self._session, task, task.fault)
                 return
         self.advance(task)
+
+    def _attend(self, task: Task, opcode: int) -> None:
+        """Report one unit attention; REPORT LUNS clears that of changed LUNs (SPC-4 §6.33)."""
+        if opcode == OpCode.REPORT_LUNS:
+            for number, pending in list(self.attentions.items()):
+                self.attentions[number] = [a for a in pending if a != REPORTED_LUNS_CHANGED]
+        if task.unit is None:
+            return
+        pending = self.attentions.get(task.unit.number, [])
+        if pending and opcode not in _CLEAR_OF_ATTENTION:
+            task.failure = check_condition(pending.pop(0))
+        elif not pending:
+            self.attentions.pop(task.unit.number, None)
+
+    def forsake(self, unit: LogicalUnit) -> None:
+        """`unit` is gone: what has not begun on it ends with LOGICAL UNIT NOT SUPPORTED."""
+        self.attentions.pop(unit.number, None)
+        for task in [t for t in self._tasks.values() if t.unit is unit and not t.started]:
+            task.failure = task.failure or check_condition(LUN_NOT_SUPPORTED)
+            # A fault that holds the command back lets it go when its time has come.
+            if task.fault is None:
+                self.advance(task)
+        self._session.flush()
 
     def advance(self, task: Task) -> None:
         """Ask for more data, or carry the command out if all is here."""
@@ -154,13 +186,14 @@ class Execution:
         if task.unit is None:
             self.answer(task, execute_without_unit(self._units, task.pdu.cdb))
             return
-        result = execute(task.unit, task.pdu.cdb, task.data)
+        result = execute(self._session, task.unit, task.pdu.cdb, task.data)
         if type(result) is Outcome:
             self.answer(task, result)
         else:
             assert isinstance(result, Coroutine)
             task.scope, task.finished = trio.CancelScope(), trio.Event()
             self.running += 1
+            task.unit.running += 1
             self._session.later(self._run, task, result)
 
     def _ask_for_data(self, task: Task) -> None:
@@ -191,6 +224,8 @@ class Execution:
                         task.channel.flush()
         finally:
             self.running -= 1
+            if task.unit is not None:
+                task.unit.ended()
             task.finished.set()
 
     # -- answers -------------------------------------------------------------------------------

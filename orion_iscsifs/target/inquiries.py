@@ -1,10 +1,10 @@
 """SCSI commands that only tell what the unit is, how large, what it can do (SPC-4, SBC-3)."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from orion_iscsifs import __version__
 from orion_iscsifs.block.device import Buffer
-from orion_iscsifs.scsi import capacity, inquiry, mode, sense
+from orion_iscsifs.scsi import alua, capacity, inquiry, mode, sense
 from orion_iscsifs.scsi import cdb as cdbs
 from orion_iscsifs.scsi.cdb import ServiceAction
 from orion_iscsifs.scsi.inquiry import DesignatorType, DeviceType, VpdPage
@@ -12,6 +12,7 @@ from orion_iscsifs.scsi.lun import encode_report_luns
 from orion_iscsifs.scsi.malformed import field
 from orion_iscsifs.scsi.provisioning import LbaStatus, ProvisioningStatus, encode_lba_status
 from orion_iscsifs.scsi.sense import SenseData
+from orion_iscsifs.target.access import access_of
 from orion_iscsifs.target.backing import ExtentDevice
 from orion_iscsifs.target.commands import (
     COMPARE_AND_WRITE_BLOCKS_MAX,
@@ -20,6 +21,9 @@ from orion_iscsifs.target.commands import (
     Result,
 )
 from orion_iscsifs.target.unit import GOOD, LogicalUnit, Outcome, Refused
+
+if TYPE_CHECKING:
+    from orion_iscsifs.target.session import Session
 
 VENDOR: Final = "ORION"
 PRODUCT: Final = "iSCSI disk"
@@ -57,16 +61,20 @@ def prevent_allow_medium_removal(_unit: LogicalUnit, cdb: bytes, _data: Buffer) 
 # -- identity --------------------------------------------------------------------------------------
 
 
-def inquire(unit: LogicalUnit, cdb: bytes, _data: Buffer) -> Result:
+def inquire(session: "Session", unit: LogicalUnit, cdb: bytes, _data: Buffer) -> Result:
     asked = cdbs.parse_inquiry(cdb)
     if asked.evpd:
+        if asked.page == VpdPage.DEVICE_IDENTIFICATION:
+            return _cut(_identification(session, unit), asked.allocation_length)
         page = _VPD.get(asked.page)
         if page is None:
             raise Refused(sense.INVALID_FIELD_IN_CDB)
         return _cut(page(unit), asked.allocation_length)
     if asked.page:
         raise Refused(sense.INVALID_FIELD_IN_CDB)
-    data = inquiry.StandardInquiry(vendor=VENDOR, product=PRODUCT, revision=_REVISION)
+    data = inquiry.StandardInquiry(
+        vendor=VENDOR, product=PRODUCT, revision=_REVISION, tpgs=access_of(session).tpgs
+    )
     return _cut(inquiry.encode_inquiry(data), asked.allocation_length)
 
 
@@ -83,16 +91,18 @@ def inquire_nothing(cdb: bytes) -> Outcome:
 
 
 def _supported_pages(_: LogicalUnit) -> bytes:
-    return inquiry.encode_supported_pages(tuple(_VPD))
+    return inquiry.encode_supported_pages((*_VPD, VpdPage.DEVICE_IDENTIFICATION))
 
 
 def _serial_number(unit: LogicalUnit) -> bytes:
     return inquiry.encode_serial_number(unit.serial)
 
 
-def _identification(unit: LogicalUnit) -> bytes:
+def _identification(session: "Session", unit: LogicalUnit) -> bytes:
+    """The unit, the same through every port, then the port that was asked (SPC-4 §7.8.6)."""
+    group = session.portal_group_tag
     vendor_id = VENDOR.ljust(8) + unit.serial
-    name = f"{unit.target_name},t,0x0001".encode()
+    name = f"{unit.target_name},t,0x{group:04x}".encode()
     return inquiry.encode_designators(
         (
             inquiry.Designator(DesignatorType.NAA, unit.naa),
@@ -103,6 +113,7 @@ def _identification(unit: LogicalUnit) -> bytes:
                 association=1,
                 code_set=3,
             ),
+            *alua.port_designators(access_of(session).port(group), group),
         )
     )
 
@@ -146,7 +157,6 @@ def _provisioning(unit: LogicalUnit) -> bytes:
 _VPD: Final = {
     int(VpdPage.SUPPORTED): _supported_pages,
     int(VpdPage.UNIT_SERIAL_NUMBER): _serial_number,
-    int(VpdPage.DEVICE_IDENTIFICATION): _identification,
     int(VpdPage.BLOCK_LIMITS): _block_limits,
     int(VpdPage.BLOCK_DEVICE_CHARACTERISTICS): _characteristics,
     int(VpdPage.LOGICAL_BLOCK_PROVISIONING): _provisioning,

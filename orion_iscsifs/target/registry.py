@@ -1,13 +1,16 @@
 """What outlives a connection: targets, their sessions, and figures about both."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
+from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.protocol.login import LoginStatus, TargetLogin, status_error
 from orion_iscsifs.scsi.sense import SenseData
+from orion_iscsifs.target.access import STATE_CHANGED, Access
 from orion_iscsifs.target.settings import Limits, TargetConfig
-from orion_iscsifs.target.unit import Units
+from orion_iscsifs.target.unit import LogicalUnit, Units
 
 if TYPE_CHECKING:
     from orion_iscsifs.target.session import Session
@@ -46,13 +49,19 @@ class Stats:
 
 
 class Target:
-    """One target node and its sessions, by initiator name, ISID and portal group (§4.4.3)."""
+    """One target node and its sessions, by initiator name, ISID and portal group (§4.4.3).
 
-    def __init__(self, config: TargetConfig, limits: Limits, stats: Stats) -> None:
+    `groups` are the tags of its portal groups; each has an access state in `access`.
+    """
+
+    def __init__(
+        self, config: TargetConfig, limits: Limits, stats: Stats, groups: Iterable[int] = (1,)
+    ) -> None:
         self.config = config
         self.limits = limits
         self.faults = config.faults
         self.units = Units(config.iqn, config.units, limits.transfer_bytes_max)
+        self.access = Access(groups, self._access_changed)
         self.sessions: dict[tuple[str, bytes, int], Session] = {}
         self.stats = stats
 
@@ -92,6 +101,27 @@ class Target:
         for session in self.sessions.values():
             if session is not but:
                 session.add_attention(number, attention)
+
+    def add_unit(self, number: int, device: BlockDevice, *, identity: str = "") -> LogicalUnit:
+        """A LUN appears. `identity`: what its names derive from, else target and number."""
+        return self.units.add(number, device, identity)
+
+    async def remove_unit(self, number: int) -> BlockDevice:
+        """A LUN vanishes. Returns its device once no command uses it any more.
+
+        Commands that the device is carrying out end as they do; those that have not begun are
+        answered LOGICAL UNIT NOT SUPPORTED.
+        """
+        unit = self.units.remove(number)
+        for session in list(self.sessions.values()):
+            session.execution.forsake(unit)
+        # Nothing new begins on this unit: no command finds it any more.
+        await unit.settle()
+        return unit.device
+
+    def _access_changed(self, but: "Session | None") -> None:
+        for number in self.units.by_number:
+            self.announce(number, STATE_CHANGED, but=but)
 
 
 class Registry:

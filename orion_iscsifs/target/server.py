@@ -52,9 +52,10 @@ class Running:
         found = [Portal.of(portal) for portal in portals]
         self.limits = limits
         self.stats = Stats()
-        self.targets = [Target(config, limits, self.stats) for config in targets]
+        groups = [portal.group for portal in found]
+        self.targets = [Target(config, limits, self.stats, groups) for config in targets]
         self.portals: list[Address] = [(portal.host, portal.port) for portal in found]
-        self.portal_groups = [portal.group for portal in found]
+        self.portal_groups = groups
         self.advertise = advertise
         self.discovery_faults = LoginFaults()
         """What discovery logins meet; those of a target are in its `TargetConfig`."""

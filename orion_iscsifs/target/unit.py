@@ -2,17 +2,22 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+import trio
+
 from orion_iscsifs.block.device import BlockDevice, Buffer, Geometry
-from orion_iscsifs.errors import OrionError, OutOfRange, WriteProtected
+from orion_iscsifs.errors import MediumError, OrionError, OutOfRange, ScsiError, WriteProtected
 from orion_iscsifs.scsi import sense
 from orion_iscsifs.scsi.capacity import Capacity
 from orion_iscsifs.scsi.lun import decode_lun, encode_lun
-from orion_iscsifs.scsi.sense import SenseData, Status
-from orion_iscsifs.target.backing import InlineDevice
+from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status
+from orion_iscsifs.target.backing import InlineDevice, ThresholdDevice
 
+MODE_PARAMETERS_CHANGED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x2A, 0x01)
+INQUIRY_DATA_CHANGED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x3F, 0x03)
+SOFT_THRESHOLD_REACHED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x38, 0x07)
 _NAA_LOCALLY_ASSIGNED: Final = 3
 
 
@@ -47,6 +52,9 @@ def sense_of(error: OrionError, *, writing: bool) -> SenseData:
         return sense.WRITE_PROTECTED
     if isinstance(error, OutOfRange):
         return sense.LBA_OUT_OF_RANGE
+    if isinstance(error, ScsiError):
+        lba = error.lba if isinstance(error, MediumError) else None
+        return SenseData(error.sense_key, error.asc, error.ascq, information=lba)
     return sense.WRITE_ERROR if writing else sense.UNRECOVERED_READ_ERROR
 
 
@@ -56,26 +64,38 @@ AttentionListener = Callable[[int, SenseData], None]
 
 @dataclass(slots=True, eq=False)
 class LogicalUnit:
-    """`serial` and `naa` derive from the target's name and the number: stable across restarts."""
+    """`serial` and `naa` derive from `identity`: stable across restarts.
+
+    By default that is the target's name and the number.
+    """
 
     number: int
     target_name: str
     device: BlockDevice
     transfer_bytes_max: int
     siblings: "Units"
+    identity: str = ""
+    running: int = 0
+    """Commands of any session that the device is carrying out in a task of their own."""
+    removed: bool = False
     inline: InlineDevice | None = field(init=False)
     serial: str = field(init=False)
     naa: bytes = field(init=False)
     capacity: Capacity = field(init=False)
     block_bytes: int = field(init=False)
+    _geometry: Geometry = field(init=False)
+    _idle: trio.Event | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        digest = hashlib.sha256(f"{self.target_name},{self.number}".encode()).digest()
+        identity = self.identity or f"{self.target_name},{self.number}"
+        digest = hashlib.sha256(identity.encode()).digest()
         self.serial = digest[:8].hex()
         self.naa = bytes((_NAA_LOCALLY_ASSIGNED << 4 | digest[8] & 0x0F,)) + digest[9:16]
         self.inline = self.device if isinstance(self.device, InlineDevice) else None
         self._adopt(self.device.geometry)
         self.device.on_geometry_change(self._geometry_changed)
+        if isinstance(self.device, ThresholdDevice):
+            self.device.on_threshold(self._threshold_reached)
 
     @property
     def geometry(self) -> Geometry:
@@ -87,6 +107,7 @@ class LogicalUnit:
         return self.geometry.discard_granularity_bytes > 0
 
     def _adopt(self, geometry: Geometry) -> None:
+        self._geometry = geometry
         ratio = max(1, geometry.physical_block_bytes // geometry.logical_block_bytes)
         self.block_bytes = geometry.logical_block_bytes
         self.capacity = Capacity(
@@ -98,8 +119,37 @@ class LogicalUnit:
         )
 
     def _geometry_changed(self, geometry: Geometry) -> None:
+        old = self._geometry
         self._adopt(geometry)
-        self.siblings.announce(self.number, sense.CAPACITY_CHANGED)
+        if geometry.size_bytes != old.size_bytes:
+            self._announce(sense.CAPACITY_CHANGED)
+        if geometry.read_only is not old.read_only:
+            # The WP bit is in the mode parameter header (SBC-3 §6.5.1).
+            self._announce(MODE_PARAMETERS_CHANGED)
+        if geometry != replace(old, size_bytes=geometry.size_bytes, read_only=geometry.read_only):
+            self._announce(INQUIRY_DATA_CHANGED)
+
+    def _threshold_reached(self) -> None:
+        self._announce(SOFT_THRESHOLD_REACHED)
+
+    def _announce(self, attention: SenseData) -> None:
+        if not self.removed:
+            self.siblings.announce(self.number, attention)
+
+    # -- commands that wait ---------------------------------------------------------------------
+
+    def ended(self) -> None:
+        """One of the commands that `running` counts is over."""
+        self.running -= 1
+        if self._idle is not None and not self.running:
+            self._idle.set()
+
+    async def settle(self) -> None:
+        """Wait until no command is running; new ones are the caller's business."""
+        if self.running:
+            if self._idle is None:
+                self._idle = trio.Event()
+            await self._idle.wait()
 
 
 class Units:
@@ -108,13 +158,38 @@ class Units:
     def __init__(
         self, target_name: str, devices: Mapping[int, BlockDevice], transfer_bytes_max: int
     ) -> None:
-        self.by_number = {
-            number: LogicalUnit(number, target_name, device, transfer_bytes_max, self)
-            for number, device in sorted(devices.items())
-        }
-        self._by_lun = {encode_lun(number): unit for number, unit in self.by_number.items()}
+        self._target_name = target_name
+        self._transfer_bytes_max = transfer_bytes_max
         self.listeners: list[AttentionListener] = []
         """One of each session."""
+        self.by_number: dict[int, LogicalUnit] = {}
+        self._by_lun: dict[int, LogicalUnit] = {}
+        for number, device in devices.items():
+            self.add(number, device)
+
+    def add(self, number: int, device: BlockDevice, identity: str = "") -> LogicalUnit:
+        """A new unit; sessions hear of it by REPORTED LUNS DATA HAS CHANGED on the others."""
+        assert number not in self.by_number
+        unit = LogicalUnit(
+            number, self._target_name, device, self._transfer_bytes_max, self, identity
+        )
+        self._luns_changed()
+        self.by_number = dict(sorted({**self.by_number, number: unit}.items()))
+        self._by_lun[encode_lun(number)] = unit
+        self.announce(number, sense.POWER_ON)
+        return unit
+
+    def remove(self, number: int) -> LogicalUnit:
+        """The unit is gone: commands to its number are answered LOGICAL UNIT NOT SUPPORTED."""
+        unit = self.by_number.pop(number)
+        del self._by_lun[encode_lun(number)]
+        unit.removed = True
+        self._luns_changed()
+        return unit
+
+    def _luns_changed(self) -> None:
+        for number in self.by_number:
+            self.announce(number, sense.REPORTED_LUNS_CHANGED)
 
     def find(self, lun: int) -> LogicalUnit | None:
         unit = self._by_lun.get(lun)

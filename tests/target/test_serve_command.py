@@ -17,8 +17,10 @@ import trio
 from orion_iscsifs.cli.target import DEFAULT_IQN, LunOption, parse_lun, parse_portal
 from orion_iscsifs.errors import UsageError
 from orion_iscsifs.protocol.pdu import TextRequest, TextResponse
+from orion_iscsifs.scsi import cdb
+from orion_iscsifs.scsi.capacity import decode_capacity_16
 from orion_iscsifs.target import Portal
-from tests.target.client import OFFER, Client
+from tests.target.client import OFFER, TUR, Client
 
 SERVE = [sys.executable, "-m", "orion_iscsifs.cli.target", "serve"]
 TIMEOUT_S = 60
@@ -161,6 +163,39 @@ async def test_connections_level_and_portal_groups() -> None:
             listed = bytes((await client.expect(TextResponse)).data).decode().split("\0")
         assert listed[1] == f"TargetAddress=127.0.0.1:{parts.port},1"
         assert re.fullmatch(r"TargetAddress=127\.0\.0\.1:\d+,7", listed[2])
+
+
+@contextmanager
+def serving_file(path: Path, shown: list[str]) -> Iterator[int]:
+    """The port of a target that has the file `path`; what it says on stderr goes to `shown`."""
+    command = [*SERVE, "--listen", "127.0.0.1:0", "--lun", f"0={path},size=1M"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        try:
+            port = urlsplit(program.stdout.readline().decode().split()[1]).port
+            assert port is not None
+            yield port
+        finally:
+            program.send_signal(signal.SIGTERM)
+            shown += program.communicate(timeout=TIMEOUT_S)[1].decode().splitlines()
+    assert program.returncode == 0
+
+
+async def test_a_file_that_is_resized_is_announced(tmp_path: Path) -> None:
+    disk, shown = tmp_path / "disk.img", list[str]()
+    with serving_file(disk, shown) as port:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            client = Client(stream)
+            await client.log_in(DEFAULT_IQN)
+            await client.settle()
+            for size in (3 << 20, 2 << 20):
+                os.truncate(disk, size)
+                with trio.fail_after(TIMEOUT_S):
+                    while (await client.run(TUR))[1].status == 0:
+                        await trio.sleep(0.01)
+                data, _ = await client.run(cdb.read_capacity_16(), read=32)
+                assert decode_capacity_16(data).blocks * 512 == size
+    assert shown == [f"lun 0 has {size} bytes now" for size in (3 << 20, 2 << 20)]
 
 
 # -- other people's initiators ---------------------------------------------------------------------
