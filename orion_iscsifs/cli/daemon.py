@@ -51,10 +51,12 @@ class Stack(Protocol):
 
     def on_files_change(self, listener: Callable[[str, BlockDevice | None], None]) -> None: ...
 
+    def unmounting(self) -> None: ...
+
     def status(self) -> Mapping[str, Any]: ...
 
 
-OpenStack = Callable[[Source, MountConfig], AbstractAsyncContextManager[Stack]]
+OpenStack = Callable[[Source, MountConfig, str], AbstractAsyncContextManager[Stack]]
 
 
 class Daemon:
@@ -78,7 +80,7 @@ class Daemon:
     async def run(self, ready: Callable[[], None]) -> None:
         """Return when everything is over; `ready` is called once the files can be read."""
         with self._scope:
-            async with self._open_stack(self._source, self._config) as stack:
+            async with self._open_stack(self._source, self._config, self._mountpoint) as stack:
                 await self._serve(stack, ready)
         if self._lost_bytes:
             raise Failed(f"{self._mountpoint}: {self._lost_bytes} bytes given up", Exit.FAILED)
@@ -114,6 +116,7 @@ class Daemon:
                 # Whatever ended it, dirty data is written first. Only `_abandon` ends this.
                 with trio.CancelScope(shield=True):
                     self._state = "unmounting"
+                    stack.unmounting()
                     self._mount.terminate()
                     await self._mount.wait_ended()
                     await self._drain()

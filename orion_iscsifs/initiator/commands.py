@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from orion_iscsifs.errors import DeviceError, ProtocolViolation
+from orion_iscsifs.errors import DeviceError, ProtocolViolation, ReservationConflict
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.initiator.task import Task
 from orion_iscsifs.scsi import verdict
@@ -60,6 +60,8 @@ class LogicalUnit:
         """Awaited when a command comes for a unit that is refused; may `accept` it again."""
         self.reread_limits: Callable[[], Awaitable[None]] = _nothing
         """Awaited when the device says that its capacity or mode changed."""
+        self.reservation_news: Callable[[], Awaitable[None]] = _nothing
+        """Awaited when the device says that a reservation changed, or that one is in the way."""
 
     def refuse(self, error: DeviceError) -> None:
         """Until `accept`, no command is sent: they all fail with `error`, the held ones too."""
@@ -68,6 +70,14 @@ class LogicalUnit:
 
     def accept(self) -> None:
         self._refusal = None
+
+    @property
+    def is_refused(self) -> bool:
+        return self._refusal is not None
+
+    def fail_held_writes(self, error: DeviceError) -> None:
+        """Those that wait for their turn must not be sent any more."""
+        self.session.fail_held(self._lun, error, writes_only=True)
 
     async def _refused(self) -> None:
         """Another look; raises if the unit is still not the one it should be."""
@@ -118,6 +128,11 @@ class LogicalUnit:
         if task.residual_bytes:
             raise _residual(what, task)
 
+    async def send(self, what: str, cdb: bytes, parameters: bytes) -> None:
+        """A command with a parameter list."""
+        source = memoryview(parameters)
+        await self.run(what, Task(self._lun, cdb, write_from=source, urgent=self._urgent))
+
     async def command(self, what: str, cdb: bytes, *, patience: float = 1.0) -> None:
         """A command without data."""
         await self.run(what, Task(self._lun, cdb, patience=patience, urgent=self._urgent))
@@ -141,6 +156,8 @@ class LogicalUnit:
                 failure = self._failure(what, task, sense)
                 if sense is not None and sense.deferred:
                     self.deferred = failure
+                if isinstance(failure, ReservationConflict):
+                    await self.reservation_news()
                 raise failure
             log.info("%s: %s", what, verdict.error(what, task.status, sense))
             await self._prepare_retry(action, budget, what, task, sense)
@@ -170,6 +187,8 @@ class LogicalUnit:
             await self.reread_limits()
         elif action is Action.RESCAN_LUNS:
             self.session.luns_changed()
+        elif action is Action.CHECK_RESERVATION:
+            await self.reservation_news()
 
     def _failure(self, what: str, task: Task, sense: SenseData | None) -> DeviceError:
         return verdict.error(f"LUN {self.number}: {what}", task.status, sense)

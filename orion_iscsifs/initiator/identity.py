@@ -35,7 +35,7 @@ def load_initiator_name(state_dir: Path, system_file: Path = SYSTEM_NAME_FILE) -
             return name
     label = re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower()) or "host"
     name = f"iqn.2026-11.org.orion-iscsifs:{label[:60]}-{secrets.token_hex(6)}"
-    _keep(state_dir / "initiatorname.iscsi", f"InitiatorName={name}\n")
+    keep(state_dir / "initiatorname.iscsi", f"InitiatorName={name}\n")
     return name
 
 
@@ -48,7 +48,7 @@ def _read_name(path: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _keep(path: Path, text: str) -> None:
+def keep(path: Path, text: str) -> None:
     """Write a small file as a whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -68,11 +68,12 @@ def _host_bits(state_dir: Path) -> bytes:
         kept = b""
     if len(kept) != 3:
         kept = secrets.token_bytes(3)
-        _keep(path, kept.hex() + "\n")
+        keep(path, kept.hex() + "\n")
     return kept
 
 
-def _open_lock(path: Path) -> int:
+def open_lock(path: Path) -> int:
+    """A file to lock with flock(2), made if it is not there; raises MountError."""
     try:
         path.parent.mkdir(exist_ok=True, mode=0o700)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -98,7 +99,7 @@ def hold_isid(state_dir: Path, target_name: str) -> Iterator[bytes]:
     stem = hashlib.sha256(target_name.encode()).hexdigest()[:16]
     locks = state_dir / "sessions"
     for qualifier in range(_SESSIONS_MAX):
-        lock = _open_lock(locks / f"{stem}-{qualifier}.lock")
+        lock = open_lock(locks / f"{stem}-{qualifier}.lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

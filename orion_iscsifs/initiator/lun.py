@@ -7,6 +7,7 @@ it would destroy somebody else's.
 """
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final, Self
 
 import trio
@@ -44,6 +45,8 @@ class LunDevice:
         self._read_only = read_only
         self._listeners: list[GeometryListener] = []
         self._synchronizes = True
+        self.write_guard: Callable[[], Awaitable[None]] | None = None
+        """Awaited before each change of the medium, while it is in doubt whether it is ours."""
         self._take(info)
         unit.reread_limits = self._reread
         unit.look_again = self._look_again
@@ -60,6 +63,23 @@ class LunDevice:
         self.info = info
         self._geometry = info.geometry(read_only=self._read_only)
         self._shift = info.capacity.block_bytes.bit_length() - 1
+
+    @property
+    def unit(self) -> LogicalUnit:
+        return self._unit
+
+    @property
+    def session(self) -> Session:
+        return self._unit.session
+
+    @property
+    def number(self) -> int:
+        return self._unit.number
+
+    @property
+    def is_refused(self) -> bool:
+        """It is not, or may not be, the disk that was opened."""
+        return self._unit.is_refused
 
     def close(self) -> None:
         """Leave the session: it does not look after this LUN any more."""
@@ -98,6 +118,8 @@ class LunDevice:
     async def write(self, offset: int, source: Buffer, *, fua: bool = False) -> None:
         data = memoryview(source)
         self._check_write(offset, len(data))
+        if self.write_guard is not None:
+            await self.write_guard()
         fua = fua and self._geometry.write_cache
         step = self._geometry.transfer_bytes_max
         shift = self._shift
@@ -130,6 +152,8 @@ class LunDevice:
 
     async def discard(self, offset: int, length: int) -> None:
         self._check_write(offset, length)
+        if self.write_guard is not None:
+            await self.write_guard()
         granularity = self._geometry.discard_granularity_bytes
         if not granularity:
             return

@@ -89,23 +89,17 @@ async def report_luns(unit: LogicalUnit) -> list[int]:
         size = min(needed, _REPORT_LUNS_BYTES_MAX)
 
 
+async def identify(unit: LogicalUnit) -> str:
+    """`LunInfo.name` alone: a device tells it whoever has reserved it (SPC-4 table 51)."""
+    await _standard_inquiry(unit)
+    return await _name(unit, await _pages(unit))
+
+
 async def probe(unit: LogicalUnit) -> LunInfo:
     """Everything about the unit; raises LunNotFound, NotADisk, or a command's DeviceError."""
-    identity = inquiry.decode_inquiry(await _ask(unit, "INQUIRY", cdb.inquiry()))
-    if identity.qualifier in _QUALIFIERS_ABSENT:
-        raise LunNotFound(
-            f"LUN {unit.number}: the target has no such LUN",
-            advice="mount the target without a LUN to see all of its disks",
-        )
-    if not identity.is_disk:
-        raise NotADisk(
-            f"LUN {unit.number}: not a disk (peripheral device type {identity.device_type:#04x})",
-            advice="mount another LUN, or the target without one to see its disks",
-        )
+    identity = await _standard_inquiry(unit)
     await unit.command("TEST UNIT READY", cdb.test_unit_ready())
-    pages = await _optional(
-        unit, VpdPage.SUPPORTED, inquiry.decode_supported_pages, frozenset[int]()
-    )
+    pages = await _pages(unit)
     limits = BlockLimits()
     if VpdPage.BLOCK_LIMITS in pages:
         limits = await _optional(unit, VpdPage.BLOCK_LIMITS, inquiry.decode_block_limits, limits)
@@ -124,6 +118,29 @@ async def probe(unit: LogicalUnit) -> LunInfo:
         limits=limits,
         provisioning=provisioning,
         name=await _name(unit, pages),
+    )
+
+
+async def _standard_inquiry(unit: LogicalUnit) -> StandardInquiry:
+    """Raises LunNotFound or NotADisk."""
+    identity = inquiry.decode_inquiry(await _ask(unit, "INQUIRY", cdb.inquiry()))
+    if identity.qualifier in _QUALIFIERS_ABSENT:
+        raise LunNotFound(
+            f"LUN {unit.number}: the target has no such LUN",
+            advice="mount the target without a LUN to see all of its disks",
+        )
+    if not identity.is_disk:
+        raise NotADisk(
+            f"LUN {unit.number}: not a disk (peripheral device type {identity.device_type:#04x})",
+            advice="mount another LUN, or the target without one to see its disks",
+        )
+    return identity
+
+
+async def _pages(unit: LogicalUnit) -> frozenset[int]:
+    """Which vital product data pages there are."""
+    return await _optional(
+        unit, VpdPage.SUPPORTED, inquiry.decode_supported_pages, frozenset[int]()
     )
 
 

@@ -311,9 +311,11 @@ class Session:
             f" {self.nexus.config.replacement_timeout_s:g} s: {self.last_error}"
         )
 
-    def fail_held(self, lun: int, error: OrionError) -> None:
+    def fail_held(self, lun: int, error: OrionError, *, writes_only: bool = False) -> None:
         """Fail what is held for a logical unit (the 64-bit LUN field) that must not have it."""
         for task in [task for task in self._pending if task.lun == lun and not task.urgent]:
+            if writes_only and task.write_from is None:
+                continue
             self._pending.remove(task)
             task.error = error
             self._wake(task)

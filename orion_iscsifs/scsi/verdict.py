@@ -13,6 +13,7 @@ from orion_iscsifs.errors import (
     LunNotFound,
     NotSupported,
     OutOfRange,
+    ReservationConflict,
     ScsiError,
     WriteProtected,
 )
@@ -30,6 +31,8 @@ class Action(enum.Enum):
     """Ask for size, limits and write protection again, then retry."""
     RESCAN_LUNS = enum.auto()
     """The target's list of LUNs changed; rescan and retry."""
+    CHECK_RESERVATION = enum.auto()
+    """Reservations or registrations changed: look whether ours still stands, then retry."""
     TRANSPORT_RETRY = enum.auto()
     """The bytes were damaged or lost on the way: counts against the path, then retry."""
     FAIL = enum.auto()
@@ -48,6 +51,9 @@ _BY_STATUS: Final[Mapping[int, Action]] = {
 _BY_SENSE: Final[Mapping[tuple[int, int, int], Action]] = {
     (SenseKey.UNIT_ATTENTION, 0x2A, 0x01): Action.REREAD_CAPACITY,
     (SenseKey.UNIT_ATTENTION, 0x2A, 0x09): Action.REREAD_CAPACITY,
+    (SenseKey.UNIT_ATTENTION, 0x2A, 0x03): Action.CHECK_RESERVATION,
+    (SenseKey.UNIT_ATTENTION, 0x2A, 0x04): Action.CHECK_RESERVATION,
+    (SenseKey.UNIT_ATTENTION, 0x2A, 0x05): Action.CHECK_RESERVATION,
     (SenseKey.UNIT_ATTENTION, 0x28, 0x00): Action.REREAD_CAPACITY,
     (SenseKey.UNIT_ATTENTION, 0x3F, 0x03): Action.REREAD_CAPACITY,
     (SenseKey.UNIT_ATTENTION, 0x3F, 0x0E): Action.RESCAN_LUNS,
@@ -96,11 +102,13 @@ _SPACE_ALLOCATION_FAILED: Final = 0x07
 
 def error(what: str, status: int, sense: SenseData | None = None) -> DeviceError:
     """The exception for a command that failed for good; `what` names it: "READ of lun1"."""
+    if status == Status.RESERVATION_CONFLICT:
+        return ReservationConflict(
+            f"{what}: another initiator has reserved the LUN",
+            advice="stop it there, or take the LUN over with -o preempt",
+        )
     if status != Status.CHECK_CONDITION or sense is None:
-        advice = ""
-        if status == Status.RESERVATION_CONFLICT:
-            advice = "another host has reserved the LUN"
-        return ScsiError(f"{what}: {status_name(status)}", status=status, advice=advice)
+        return ScsiError(f"{what}: {status_name(status)}", status=status)
     message = f"{what}: {sense.describe()}"
     kind = _ERRORS.get((sense.key, sense.asc))
     # 27/07 is a thin pool that ran full, not a write-protected disk: EIO, and it may pass.

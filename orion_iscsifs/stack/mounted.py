@@ -16,8 +16,9 @@ FileListener = Callable[[str, BlockDevice | None], None]
 class Stack:
     """What is mounted. LUNs and sessions come and go while it lasts."""
 
-    def __init__(self, config: MountConfig) -> None:
+    def __init__(self, config: MountConfig, mountpoint: str) -> None:
         self.config: Final = config
+        self.mountpoint: Final = mountpoint
         self.units: list[Unit] = []
         self.sessions: list[Session] = []
         self._listeners: list[FileListener] = []
@@ -39,6 +40,12 @@ class Stack:
         self.units.remove(unit)
         for listener in self._listeners:
             listener(unit.path, None)
+
+    def unmounting(self) -> None:
+        """The end has begun: a new mount of the same LUNs may wait for it."""
+        for unit in self.units:
+            if unit.exclusive is not None:
+                unit.exclusive.unmounting()
 
     def status(self) -> dict[str, Any]:
         """The parts of INTERFACE §7 that the data path knows."""

@@ -21,14 +21,17 @@ log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def open_stack(source: Source, config: MountConfig) -> AsyncIterator[Stack]:
+async def open_stack(
+    source: Source, config: MountConfig, mountpoint: str = ""
+) -> AsyncIterator[Stack]:
     """Log in and open every LUN that `source` names; flush and log out when the body ends.
 
+    `mountpoint` is what others are told who find a LUN in use. Raises BusyError for such a LUN.
     Raises an OrionError (connection, login, LUN) with nothing left open. A body that is cancelled
     is not flushed after: it had its chance.
     """
     _warn_of_weak_secrets(config.session.auth)
-    stack = Stack(config)
+    stack = Stack(config, mountpoint)
     async with open_house() as house:
         targets = await _open_targets(source, config, stack, house)
         try:

@@ -33,7 +33,7 @@ def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:
         "tier": None,
         "cache_hits": statistics.hits if statistics else 0,
         "cache_misses": statistics.misses if statistics else 0,
-        "reservation": None,
+        "reservation": unit.exclusive.status() if unit.exclusive is not None else None,
     }
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 import trio
 
 from orion_iscsifs.config import MountConfig
-from orion_iscsifs.errors import DeviceError, LunNotFound, NotADisk, OrionError
+from orion_iscsifs.errors import BusyError, DeviceError, LunNotFound, NotADisk, OrionError
 from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.initiator.dial import Portal
-from orion_iscsifs.initiator.lun import AnotherDisk, LunDevice
+from orion_iscsifs.initiator.lun import AnotherDisk
 from orion_iscsifs.initiator.outage import State
 from orion_iscsifs.initiator.probe import report_luns
 from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.stack.exclusive import open_disk
 from orion_iscsifs.stack.follow import SETTLE_S, Follower
 from orion_iscsifs.stack.lifetime import House, Inhabitant
 from orion_iscsifs.stack.mounted import Stack
@@ -72,7 +73,7 @@ class Target:
             await self._add(session, self._lun)
             return
         for number in sorted(await report_luns(LogicalUnit(session, 0))):
-            await self._try_to_add(session, number)
+            await self._try_to_add(session, number, DeviceError)
         if not self._units:
             raise LunNotFound(
                 f"{self.name}: the target has no disk LUN",
@@ -80,22 +81,18 @@ class Target:
             )
 
     async def _add(self, session: Session, number: int) -> None:
-        read_only = self._config.fuse.read_only
-        disk = await LunDevice.open(session, number, read_only=read_only)
-        unit = Unit(f"{self._prefix}lun{number}", number, self.name, disk, self._config)
-        try:
-            inhabitant = await self._house.move_in(unit)
-        except OrionError:
-            disk.close()
-            raise
+        disk = await open_disk(session, number, self._config)
+        path = f"{self._prefix}lun{number}"
+        unit = Unit(path, number, self.name, disk, self._config, self._stack.mountpoint)
+        inhabitant = await self._house.move_in(unit)
         self._units[number] = unit, inhabitant
         self._stack.add(unit)
 
-    async def _try_to_add(self, session: Session, number: int) -> None:
+    async def _try_to_add(self, session: Session, number: int, *forgiven: type[OrionError]) -> None:
         """A LUN that was listed; one that can't be opened is left out, which is said once."""
         try:
             await self._add(session, number)
-        except DeviceError as error:
+        except forgiven as error:
             if self._left_out.get(number) != str(error):
                 self._left_out[number] = str(error)
                 level = logging.INFO if isinstance(error, NotADisk) else logging.WARNING
@@ -121,7 +118,7 @@ class Target:
         if session.counters.logins != logins:
             return True
         for number in sorted(listed - self._units.keys()):
-            await self._try_to_add(session, number)
+            await self._try_to_add(session, number, DeviceError, BusyError)
         return await self._settle(listed)
 
     async def _refresh(self, number: int) -> None:

@@ -9,15 +9,22 @@ from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.config import CacheMode, MountConfig
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
 
 
 class Unit(AbstractAsyncContextManager[object]):
     """A context manager: the layers live inside, and are flushed when it ends."""
 
     def __init__(
-        self, path: str, number: int, target_name: str, disk: LunDevice, config: MountConfig
+        self,
+        path: str,
+        number: int,
+        target_name: str,
+        disk: LunDevice,
+        config: MountConfig,
+        mountpoint: str,
     ) -> None:
-        """`path` of its file in the mount; `disk` is closed with the unit."""
+        """`path` of its file in the mount; `disk` is closed with the unit, or if it can't open."""
         self.path = path
         self.number = number
         self.target_name = target_name
@@ -25,16 +32,26 @@ class Unit(AbstractAsyncContextManager[object]):
         self.cache: WritebackCache | None = None
         self.top: BlockDevice = disk
         """What the file reads and writes."""
+        self.exclusive: Exclusive | None = None
         self._config = config
+        self._mountpoint = mountpoint
         self._layers = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        """The data path, bottom first."""
-        device: BlockDevice = self.disk
-        if self._config.cache.mode is not CacheMode.NONE:
-            self.cache = WritebackCache(device, self._config.cache)
-            device = await self._layers.enter_async_context(self.cache)
-        self.top = AlignedDevice(device)
+        """The data path, bottom first. Raises BusyError when somebody else writes to the LUN."""
+        config, device = self._config, self.disk
+        async with AsyncExitStack() as layers:
+            layers.callback(self.disk.close)
+            if wanted(config) and not device.geometry.read_only:
+                self.exclusive = await layers.enter_async_context(
+                    hold(self.disk, config, self._mountpoint)
+                )
+            top: BlockDevice = device
+            if config.cache.mode is not CacheMode.NONE:
+                self.cache = WritebackCache(device, config.cache)
+                top = await layers.enter_async_context(self.cache)
+            self.top = AlignedDevice(top)
+            self._layers = layers.pop_all()
         return self
 
     async def __aexit__(
@@ -43,10 +60,7 @@ class Unit(AbstractAsyncContextManager[object]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        try:
-            return await self._layers.__aexit__(kind, error, traceback)
-        finally:
-            self.disk.close()
+        return await self._layers.__aexit__(kind, error, traceback)
 
     @property
     def dirty_bytes(self) -> int:

@@ -67,6 +67,9 @@ class FakeStack:
     def on_files_change(self, listener: object) -> None:
         """Nothing ever changes."""
 
+    def unmounting(self) -> None:
+        """Nobody waits for it."""
+
     def status(self) -> dict[str, Any]:
         return {
             "luns": [{"name": "lun1", "lun": 1, "dirty_bytes": self._device.dirty_bytes}],
@@ -75,7 +78,9 @@ class FakeStack:
 
 
 @asynccontextmanager
-async def open_fake(source: Source, config: MountConfig) -> AsyncIterator[FakeStack]:
+async def open_fake(
+    source: Source, config: MountConfig, mountpoint: str
+) -> AsyncIterator[FakeStack]:
     if message := os.environ.get("FAKE_OPEN_ERROR"):
         raise ConnectFailed(message, advice="is the target running?")
     await trio.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))

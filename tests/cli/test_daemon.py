@@ -78,11 +78,16 @@ def make(device: BlockDevice) -> daemon.Daemon:
         def on_files_change(self, listener: object) -> None:
             """Nothing ever changes."""
 
+        def unmounting(self) -> None:
+            """Nobody waits for it."""
+
         def status(self) -> Mapping[str, Any]:
             return {"luns": [{"name": "lun1", "dirty_bytes": 5}]}
 
     @asynccontextmanager
-    async def open_stack(_source: Source, _config: MountConfig) -> AsyncIterator[Stack]:
+    async def open_stack(
+        _source: Source, _config: MountConfig, _mountpoint: str
+    ) -> AsyncIterator[Stack]:
         yield Stack()
 
     return daemon.Daemon(SOURCE, "/mnt/x", CONFIG, open_stack)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orion_iscsifs.fuse import mountpoint
+from orion_iscsifs.testing.programs import wait_until
 from tests.cli.conftest import SIZE, URL, Command
 
 pytestmark = pytest.mark.fuse
@@ -224,13 +225,13 @@ def test_a_daemon_that_hangs(command: Command) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_mount_leaves_nothing(command: Command, number: int) -> None:
-    environment = {**command.environment, "FAKE_OPEN_S": "1.5"}
+    environment = {**command.environment, "FAKE_OPEN_S": "4"}
     arguments = command.arguments("mount", URL, command.folder)
     with subprocess.Popen(
         arguments, env=environment, stderr=subprocess.PIPE, text=True
     ) as in_front:
         assert in_front.stderr is not None
-        time.sleep(1.0)  # the daemon is on its way
+        wait_until(lambda: any((command.home / "run").glob("*.lock")), what="the daemon's lock")
         in_front.send_signal(number)
         if number == signal.SIGINT:
             assert in_front.wait(20) == 32

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orion_iscsifs.errors import LunNotFound, NotSupported, OutOfRange, ScsiError, WriteProtected
+from orion_iscsifs.errors import (
+    LunNotFound,
+    NotSupported,
+    OutOfRange,
+    ReservationConflict,
+    ScsiError,
+    WriteProtected,
+)
 from orion_iscsifs.scsi import sense
 from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status
 from orion_iscsifs.scsi.verdict import Action, error, judge
@@ -133,6 +140,16 @@ def test_errors_keep_the_numbers() -> None:
     raised = error("READ", Status.CHECK_CONDITION, SenseData(3, 0x11, 4))
     assert isinstance(raised, ScsiError)
     assert (raised.sense_key, raised.asc, raised.ascq) == (3, 0x11, 4)
+
+
+def test_a_reservation_conflict_says_what_to_do() -> None:
     conflict = error("READ", Status.RESERVATION_CONFLICT)
-    assert isinstance(conflict, ScsiError)
-    assert conflict.line == "READ: RESERVATION CONFLICT (another host has reserved the LUN)"
+    assert isinstance(conflict, ReservationConflict)
+    assert "another initiator has reserved the LUN" in conflict.line
+    assert "-o preempt" in conflict.advice
+
+
+@pytest.mark.parametrize("ascq", [0x03, 0x04, 0x05])
+def test_reservations_that_changed_are_looked_at(ascq: int) -> None:
+    changed = SenseData(SenseKey.UNIT_ATTENTION, 0x2A, ascq)
+    assert judge(Status.CHECK_CONDITION, changed) is Action.CHECK_RESERVATION

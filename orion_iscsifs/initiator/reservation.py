@@ -1,0 +1,309 @@
+"""The persistent reservation of one LUN over one path: no other host writes while we may.
+
+`standing` decides; here is who asks the device and does it. Every PERSISTENT RESERVE OUT may be
+sent twice (the answer to the first one may be lost with its connection), and another host may act
+at the same time: so nothing is concluded from an answer, the device is asked again after each step.
+
+After every new login, and when the device speaks of preempted reservations or answers RESERVATION
+CONFLICT, the standing is checked before anything is written. A reservation that is lost stays lost:
+writes fail with ReservationConflict, reads go on, and what is unwritten stays.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import trio
+
+from orion_iscsifs.config import ReserveConfig, ReserveMode
+from orion_iscsifs.errors import (
+    BusyError,
+    DeviceError,
+    NotSupported,
+    OrionError,
+    ReservationConflict,
+    ScsiError,
+)
+from orion_iscsifs.initiator.commands import LogicalUnit
+from orion_iscsifs.initiator.keys import LunKeys
+from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.initiator.standing import (
+    OUR_TYPE,
+    Act,
+    Own,
+    Seen,
+    Step,
+    foreign_key,
+    is_lost,
+    next_step,
+)
+from orion_iscsifs.scsi import reservation as codec
+from orion_iscsifs.scsi.reservation import InAction, OutAction, OutParameters
+from orion_iscsifs.scsi.sense import SenseKey
+
+log = logging.getLogger(__name__)
+
+_STEPS_MAX: Final = 64
+_RACE_S: Final = 3.0
+"""How long a host that lost the race for a reservation may take to withdraw its key."""
+_RACE_STEP_S: Final = 0.1
+_IN_BYTES: Final = 2048
+_IN_BYTES_MAX: Final = 0xFFFF
+
+_T = TypeVar("_T")
+
+
+class Reservation:
+    """Of one LUN. `take` it, `watch` the disk, then `release` it."""
+
+    def __init__(self, session: Session, number: int, keys: LunKeys, config: ReserveConfig) -> None:
+        self._disk: LunDevice | None = None
+        self._session = session
+        self._number = number
+        self._config = config
+        self._own = Own(keys, keys.of(session.nexus.isid))
+        self._unit = LogicalUnit(session, number)
+        self._state = "off"
+        self._aptpl = False
+        self._loss: ReservationConflict | None = None
+        self._checking = trio.Lock()
+
+    def status(self) -> dict[str, Any]:
+        """`reservation` of INTERFACE §7."""
+        key = f"{self._own.key:#018x}" if self._state in {"held", "lost"} else None
+        return {"state": self._state, "key": key}
+
+    # -- taking and giving back --------------------------------------------------------------
+
+    async def take(self) -> None:
+        """Register and reserve. Raises BusyError, which names who has it, or a DeviceError.
+
+        A device without persistent reservations is used without one, unless they are required.
+        """
+        try:
+            await self._ask_abilities()
+            await self._converge(self._unit, preempt=self._config.preempt)
+        except (NotSupported, ScsiError) as error:
+            if not _means_unsupported(error):
+                raise
+            self._without(error)
+            return
+        self._state = "held"
+
+    def watch(self, disk: LunDevice) -> None:
+        """From now on `disk` writes only as long as the reservation stands."""
+        if self._state == "held":
+            self._disk = disk
+            disk.unit.reservation_news = self._news
+            self._session.checks.append(self._check_after_login)
+
+    def _without(self, error: DeviceError) -> None:
+        if self._config.mode is ReserveMode.REQUIRE:
+            raise NotSupported(
+                f"LUN {self._number}: the device has no persistent reservations",
+                advice="mount it without reserve=require",
+            ) from error
+        self._state = "unsupported"
+        log.info("LUN %d is not reserved: %s", self._number, error)
+
+    async def release(self) -> None:
+        """Withdraw the key, which ends the reservation. What fails is logged: the key is known to
+        be ours at the next mount."""
+        if self._disk is not None:
+            self._session.checks.remove(self._check_after_login)
+            self._disk = None
+        if self._state != "held":
+            return
+        self._state = "off"
+        try:
+            await self._unregister()
+        except OrionError as error:
+            log.warning("LUN %d: the reservation is left behind: %s", self._number, error)
+
+    # -- looking after it --------------------------------------------------------------------
+
+    async def _check_after_login(self) -> None:
+        """In `Session.checks`: raises what is the connection's fault only."""
+        disk = self._watched
+        disk.write_guard = self._prove
+        if disk.is_refused or self._loss is not None:
+            # Not our disk, or lost for good. The guard is for when it is accepted again.
+            return
+        unit = LogicalUnit(self._session, self._number, urgent=True)
+        try:
+            await self._check(unit)
+        except DeviceError as error:
+            if self._loss is None:
+                log.error("LUN %d: its reservation can't be checked: %s", self._number, error)
+            disk.unit.fail_held_writes(error)
+
+    async def _news(self) -> None:
+        """The device speaks of reservations: prove ours before the next write."""
+        self._watched.write_guard = self._prove
+        await self._prove()
+
+    @property
+    def _watched(self) -> LunDevice:
+        assert self._disk is not None
+        return self._disk
+
+    async def _prove(self) -> None:
+        """Before a write: raises ReservationConflict when the reservation is lost."""
+        # The check may have been made while the lock was waited for.
+        async with self._checking:
+            if self._loss is None and self._watched.write_guard is not None:
+                await self._check(self._unit)
+        if self._loss is not None:
+            raise self._loss.with_traceback(None)
+
+    async def _check(self, unit: LogicalUnit) -> None:
+        """Raises ReservationConflict when it is lost by now."""
+        seen = await self._look(unit)
+        if is_lost(seen, self._own):
+            key = foreign_key(seen, self._own)
+            whom = "another initiator" if key is None else await self._named(unit, key)
+            raise self._lost(f"LUN {self._number}: the reservation was taken by {whom}")
+        try:
+            await self._converge(unit, keep=True)
+        except BusyError as error:
+            raise self._lost(str(error)) from None
+        self._watched.write_guard = None
+
+    def _lost(self, what: str) -> ReservationConflict:
+        """For good."""
+        self._state = "lost"
+        self._loss = ReservationConflict(
+            what, advice="nothing more is written; umount --force gives up what is unwritten"
+        )
+        log.error("%s", self._loss.line)
+        return self._loss
+
+    # -- the device --------------------------------------------------------------------------
+
+    async def _converge(
+        self, unit: LogicalUnit, *, preempt: bool = False, keep: bool = False
+    ) -> None:
+        """Step by step until it is ours; raises BusyError, our key withdrawn, when it can't be."""
+        patience = trio.current_time() + _RACE_S
+        registered = False
+        for _ in range(_STEPS_MAX):
+            step = next_step(
+                await self._look(unit),
+                self._own,
+                registered=registered,
+                preempt=preempt,
+                keep=keep,
+            )
+            if step.act is Act.DONE:
+                return
+            if step.act is Act.WAIT and trio.current_time() < patience:
+                await trio.sleep(_RACE_STEP_S)
+            elif step.act in {Act.WAIT, Act.REFUSE}:
+                await self._refuse(unit, step.key, registered=registered)
+            elif await self._do(unit, step):
+                registered = registered or step.act is Act.REGISTER
+        raise BusyError(f"LUN {self._number}: other hosts keep changing its reservation")
+
+    async def _do(self, unit: LogicalUnit, step: Step) -> bool:
+        """One change. False: a conflict; the next look tells why."""
+        own = self._own.key
+        try:
+            if step.act is Act.REGISTER:
+                parameters = OutParameters(service_action_key=own, aptpl=self._aptpl)
+                await self._out(unit, OutAction.REGISTER_AND_IGNORE_EXISTING_KEY, parameters)
+            elif step.act is Act.RESERVE:
+                await self._out(unit, OutAction.RESERVE, OutParameters(key=own))
+            else:
+                await self._preempt(unit, step.key)
+        except ReservationConflict as error:
+            log.info("%s", error)
+            return False
+        return True
+
+    async def _preempt(self, unit: LogicalUnit, key: int) -> None:
+        """Of another host, its commands too: none of them may land after ours."""
+        parameters = OutParameters(key=self._own.key, service_action_key=key)
+        if not self._own.keys.is_ours(key):
+            whom = await self._named(unit, key)
+            log.warning("LUN %d: its reservation is taken from %s", self._number, whom)
+            try:
+                await self._out(unit, OutAction.PREEMPT_AND_ABORT, parameters)
+            except (NotSupported, ScsiError) as error:
+                if not _means_unsupported(error):
+                    raise
+                log.info("%s", error)  # tgt has PREEMPT alone
+            else:
+                return
+        await self._out(unit, OutAction.PREEMPT, parameters)
+
+    async def _refuse(self, unit: LogicalUnit, key: int, *, registered: bool) -> None:
+        whom = await self._named(unit, key)
+        if registered:
+            await self._unregister(unit)
+        raise BusyError(
+            f"LUN {self._number}: reserved by another initiator: {whom}",
+            advice="stop it there, mount with -o ro, or take the LUN over with -o preempt",
+        )
+
+    async def _unregister(self, unit: LogicalUnit | None = None) -> None:
+        parameters = OutParameters(key=self._own.key)
+        await self._out(unit or self._unit, OutAction.REGISTER, parameters)
+
+    async def _ask_abilities(self) -> None:
+        try:
+            found = await self._in(
+                self._unit, InAction.REPORT_CAPABILITIES, 8, codec.decode_capabilities
+            )
+        except (NotSupported, ScsiError):
+            return  # SPC-2 has reservations, and not this question.
+        self._aptpl = found.persist_capable
+
+    async def _look(self, unit: LogicalUnit) -> Seen:
+        told = await self._in(unit, InAction.READ_KEYS, _IN_BYTES, codec.decode_keys)
+        held = await self._in(unit, InAction.READ_RESERVATION, _IN_BYTES, codec.decode_reservation)
+        return Seen(told.keys, held.holder, told.generation)
+
+    async def _named(self, unit: LogicalUnit, key: int) -> str:
+        """The holder of a key: `iqn... (key 0x...)`."""
+        try:
+            found = await self._in(
+                unit, InAction.READ_FULL_STATUS, _IN_BYTES, codec.decode_full_status
+            )
+        except DeviceError:
+            registrations: tuple[codec.Registration, ...] = ()
+        else:
+            registrations = found.registrations
+        names = [one.initiator.name for one in registrations if key in (one.key, 0)]
+        name = next(filter(None, names), "an initiator that the device does not name")
+        return f"{name} (key {key:#018x})"
+
+    async def _in(
+        self, unit: LogicalUnit, action: InAction, size: int, decode: Callable[[bytes], _T]
+    ) -> _T:
+        what = f"PERSISTENT RESERVE IN {action.name.replace('_', ' ')}"
+        while True:
+            buffer = bytearray(size)
+            count = await unit.read(what, codec.reserve_in(action, size), memoryview(buffer))
+            data = bytes(buffer[:count])
+            longer = codec.in_length(data) if action in _LISTS else 0
+            if longer <= size or size == _IN_BYTES_MAX:
+                return decode(data)
+            size = min(longer, _IN_BYTES_MAX)
+
+    async def _out(self, unit: LogicalUnit, action: OutAction, parameters: OutParameters) -> None:
+        kind = OUR_TYPE if action in _TYPED else 0
+        data = codec.encode_out(parameters)
+        what = f"PERSISTENT RESERVE OUT {action.name.replace('_', ' ')}"
+        await unit.send(what, codec.reserve_out(action, kind, len(data)), data)
+
+
+_LISTS: Final = frozenset({InAction.READ_KEYS, InAction.READ_FULL_STATUS})
+_TYPED: Final = frozenset({OutAction.RESERVE, OutAction.PREEMPT, OutAction.PREEMPT_AND_ABORT})
+
+
+def _means_unsupported(error: DeviceError) -> bool:
+    """INVALID COMMAND OPERATION CODE, or another ILLEGAL REQUEST such as a lack of resources."""
+    if isinstance(error, NotSupported):
+        return True
+    return isinstance(error, ScsiError) and error.sense_key == SenseKey.ILLEGAL_REQUEST

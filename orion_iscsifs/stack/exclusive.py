@@ -1,0 +1,90 @@
+"""One writer: what a LUN that is mounted read-write holds as long as it is mounted.
+
+First the lock of this host (`initiator.claim`), which may have to wait for the last flush of an
+older mount; then the device's persistent reservation (`initiator.reservation`) against other hosts.
+A read-only mount, or one with `reserve=off`, takes neither.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from orion_iscsifs.config import MountConfig, ReserveMode
+from orion_iscsifs.config.places import create_private, state_dir
+from orion_iscsifs.errors import ReservationConflict
+from orion_iscsifs.initiator.claim import Claim, hold_lun
+from orion_iscsifs.initiator.commands import LogicalUnit
+from orion_iscsifs.initiator.keys import LunKeys
+from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.initiator.probe import identify
+from orion_iscsifs.initiator.reservation import Reservation
+from orion_iscsifs.initiator.session import Session
+
+_PATIENCE_MIN_S = 10.0
+
+
+class Exclusive:
+    """The claim and the reservation of one disk."""
+
+    def __init__(self, claim: Claim, reservation: Reservation) -> None:
+        self._claim = claim
+        self._reservation = reservation
+
+    def unmounting(self) -> None:
+        """A new mount of this host may wait for this one from now on."""
+        self._claim.unmounting()
+
+    def status(self) -> dict[str, Any]:
+        return self._reservation.status()
+
+
+def wanted(config: MountConfig) -> bool:
+    """Whether this mount is to be the only writer."""
+    return config.reserve.mode is not ReserveMode.OFF and not config.fuse.read_only
+
+
+async def open_disk(session: Session, number: int, config: MountConfig) -> LunDevice:
+    """The disk; raises LunNotFound, NotADisk, or another DeviceError.
+
+    One that is reserved for another initiator even against reading is taken over with `preempt`,
+    and is otherwise refused in words that name who has it (BusyError).
+    """
+    read_only = config.fuse.read_only
+    try:
+        return await LunDevice.open(session, number, read_only=read_only)
+    except ReservationConflict:
+        if not wanted(config):
+            raise
+        name = await identify(LogicalUnit(session, number))
+        await _reservation(session, number, name, config).take()
+    return await LunDevice.open(session, number, read_only=read_only)
+
+
+@asynccontextmanager
+async def hold(disk: LunDevice, config: MountConfig, mountpoint: str) -> AsyncIterator[Exclusive]:
+    """`disk` is ours alone for the time of the body; raises BusyError or a DeviceError."""
+    timeout_s = config.session.replacement_timeout_s
+    patience_s = float("inf") if timeout_s < 0 else max(timeout_s, _PATIENCE_MIN_S)
+    name = _name(disk.session, disk.number, disk.info.name)
+    async with hold_lun(
+        create_private(state_dir()), name, mountpoint, patience_s=patience_s
+    ) as claim:
+        reservation = _reservation(disk.session, disk.number, disk.info.name, config)
+        await reservation.take()
+        try:
+            # The disk may have been another mount's until now.
+            await disk.refresh()
+            reservation.watch(disk)
+            yield Exclusive(claim, reservation)
+        finally:
+            await reservation.release()
+
+
+def _reservation(session: Session, number: int, name: str, config: MountConfig) -> Reservation:
+    keys = LunKeys.load(create_private(state_dir()), _name(session, number, name))
+    return Reservation(session, number, keys, config.reserve)
+
+
+def _name(session: Session, number: int, name: str) -> str:
+    """What tells this LUN from all others: its designator, or else where it is."""
+    return name or f"{session.nexus.target_name} LUN {number}"
