@@ -160,7 +160,7 @@ class Reservation:
     async def _check(self, unit: LogicalUnit) -> None:
         """Raises ReservationConflict when it is lost by now."""
         seen = await self._look(unit)
-        if is_lost(seen, self._own):
+        if is_lost(seen, self._own, persistent=self._aptpl):
             key = foreign_key(seen, self._own)
             whom = "another initiator" if key is None else await self._named(unit, key)
             raise self._lost(f"LUN {self._number}: the reservation was taken by {whom}")
@@ -168,7 +168,13 @@ class Reservation:
             await self._converge(unit, keep=True)
         except BusyError as error:
             raise self._lost(str(error)) from None
+        self._check_loss()
         self._watched.write_guard = None
+
+    def _check_loss(self) -> None:
+        """Another check, after a later login, may have found it lost meanwhile."""
+        if self._loss is not None:
+            raise self._loss.with_traceback(None)
 
     def _lost(self, what: str) -> ReservationConflict:
         """For good."""
@@ -188,8 +194,10 @@ class Reservation:
         patience = trio.current_time() + _RACE_S
         registered = False
         for _ in range(_STEPS_MAX):
+            seen = await self._look(unit)
+            self._check_loss()
             step = next_step(
-                await self._look(unit),
+                seen,
                 self._own,
                 registered=registered,
                 preempt=preempt,

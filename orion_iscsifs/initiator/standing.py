@@ -8,6 +8,7 @@ Taking it, step by step, looking again after each (`next_step`):
 | seen                                                       | step                              |
 | ---------------------------------------------------------- | --------------------------------- |
 | a foreign key, without `preempt`, and we hold nothing       | REFUSE                            |
+| the same, but we are registered and nobody holds it         | RESERVE: the device decides       |
 | a foreign key, without `preempt`, and we hold it            | WAIT: a loser of the race may go  |
 | this session has not registered our key yet                | REGISTER                          |
 | nobody holds it                                            | RESERVE                           |
@@ -24,7 +25,8 @@ When it is only *kept*, foreign keys that hold nothing do not matter: anybody ma
 Keeping it, after a new login or a word of the target (`is_lost`): it is lost when a foreign key
 holds it, or our registration has gone and anybody can have done that. Nobody can if PRGENERATION is
 zero, since every change of a registration counts there (SPC-4 §5.13.1): then the target was
-restarted and has forgotten. A key of ours that another path has just registered proves the same.
+restarted and has forgotten, unless registrations persist there (`persistent`, APTPL). A key of
+ours that another path has just registered proves the same.
 
 A lost reservation is not taken again: whoever took it may have written, and what we hold unwritten
 would be laid over that.
@@ -86,6 +88,9 @@ def next_step(
     if keep and held:
         foreign = None
     if foreign is not None and not preempt:
+        if registered and not keep and own.key in seen.keys and seen.holder is None:
+            # Two hosts at once: the device decides, and the loser withdraws.
+            return Step(Act.RESERVE)
         return Step(Act.WAIT if held and registered else Act.REFUSE, foreign)
     if not registered or own.key not in seen.keys:
         return Step(Act.REGISTER)
@@ -109,12 +114,12 @@ def foreign_key(seen: Seen, own: Own) -> int | None:
     return min((key for key in seen.keys if not own.keys.is_ours(key)), default=None)
 
 
-def is_lost(seen: Seen, own: Own) -> bool:
+def is_lost(seen: Seen, own: Own, *, persistent: bool = False) -> bool:
     """Whether somebody else has, or may have had, the right to write since we had it."""
     registered = own.key in seen.keys or not own.living.isdisjoint(seen.keys)
     if foreign_key(seen, own) is not None:
         return not (registered and _holds(seen.holder, own))
-    return not registered and seen.generation != 0
+    return not registered and (persistent or seen.generation != 0)
 
 
 def _holds(holder: Holder | None, own: Own) -> bool:

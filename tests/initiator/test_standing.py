@@ -38,6 +38,8 @@ def seen(*keys: int, holder: int | None = None, kind: int = OURS, generation: in
         (seen(FOREIGN, holder=FOREIGN), False, Step(Act.REFUSE, FOREIGN)),
         (seen(MINE, FOREIGN, holder=FOREIGN), True, Step(Act.REFUSE, FOREIGN)),
         (seen(MINE, OTHER, FOREIGN, holder=OTHER), True, Step(Act.REFUSE, OTHER)),
+        (seen(MINE, FOREIGN), True, Step(Act.RESERVE)),
+        (seen(FOREIGN), True, Step(Act.REFUSE, FOREIGN)),
         (seen(MINE, FOREIGN, holder=MINE), True, Step(Act.WAIT, FOREIGN)),
         (seen(MINE, FOREIGN, holder=MINE), False, Step(Act.REFUSE, FOREIGN)),
         (seen(FOREIGN, holder=0, kind=8), False, Step(Act.REFUSE, FOREIGN)),
@@ -90,6 +92,11 @@ def test_keeping_it_beside_keys_that_hold_nothing() -> None:
 )
 def test_losing_it(what: Seen, lost: bool) -> None:
     assert is_lost(what, PAIR) is lost
+
+
+def test_a_device_that_keeps_registrations_does_not_forget_them() -> None:
+    assert is_lost(seen(generation=0), PAIR, persistent=True)
+    assert not is_lost(seen(MINE, holder=MINE, generation=0), PAIR, persistent=True)
 
 
 @pytest.mark.parametrize("start", [seen(), seen(STALE, holder=STALE), seen(MINE, holder=MINE)])
