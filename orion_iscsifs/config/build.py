@@ -16,6 +16,8 @@ from orion_iscsifs.config.settings import (
     DigestPreference,
     FuseConfig,
     MountConfig,
+    MultipathConfig,
+    PathPolicy,
     ReserveConfig,
     ReserveMode,
     Secret,
@@ -24,6 +26,7 @@ from orion_iscsifs.config.settings import (
 )
 from orion_iscsifs.config.sources import Words
 from orion_iscsifs.config.tls import client_context, key_warnings
+from orion_iscsifs.config.values import MANUAL
 from orion_iscsifs.errors import UsageError
 
 T = TypeVar("T")
@@ -55,6 +58,7 @@ def build(
     reader = _Reader(words)
     config = MountConfig(
         session=_session(reader, default_name, tls=tls),
+        multipath=_multipath(reader),
         reserve=_reserve(reader),
         cache=_cache(reader),
         fuse=_fuse(reader),
@@ -70,12 +74,14 @@ def _session(reader: _Reader, default_name: Callable[[], str], *, tls: bool) -> 
             advice="it begins with iqn., eui. or naa.",
         )
     defaults = SessionConfig(initiator_name="")
+    binds: tuple[str, ...] = reader.get("bind", ())
     return SessionConfig(
         initiator_name=name or default_name(),
         auth=_auth(reader),
         tls=_tls(reader, wanted=tls),
         header_digest=DigestPreference(reader.get("header_digest", defaults.header_digest)),
         data_digest=DigestPreference(reader.get("data_digest", defaults.data_digest)),
+        bind=binds[0] if len(binds) == 1 else None,
         connections=reader.get("connections", defaults.connections),
         erl=reader.get("erl", defaults.erl),
         queue_depth=reader.get("queue_depth", defaults.queue_depth),
@@ -172,6 +178,24 @@ def _secret(reader: _Reader, direction: str) -> Secret | None:
         return None
     reader.warnings += warnings + length_warnings(option, secret)
     return secret
+
+
+def _multipath(reader: _Reader) -> MultipathConfig:
+    defaults = MultipathConfig()
+    failback: float | str = reader.get("failback", 0.0)
+    config = MultipathConfig(
+        portals=reader.get("portals", defaults.portals),
+        all_portals=reader.text("paths") is not None,
+        binds=reader.get("bind", defaults.binds),
+        policy=PathPolicy(reader.get("path_policy", defaults.policy)),
+        failback_s=None if failback == MANUAL else float(failback),
+    )
+    if config.portals and config.all_portals:
+        raise UsageError(
+            "option portals: paths=all takes every portal that discovery names",
+            advice="give one of the two",
+        )
+    return config
 
 
 def _reserve(reader: _Reader) -> ReserveConfig:

@@ -3,6 +3,7 @@
 from orion_iscsifs.config.settings import (
     ChapCredentials,
     MountConfig,
+    MultipathConfig,
     TlsConfig,
 )
 
@@ -34,6 +35,7 @@ def _words(config: MountConfig) -> list[tuple[str, object]]:
         ("connections", session.connections),
         ("erl", session.erl),
         *_tls(session.tls),
+        *_paths(config.multipath, session.bind),
         ("reserve", str(config.reserve.mode)),
         ("preempt", config.reserve.preempt),
         ("queue_depth", "auto" if session.queue_depth is None else session.queue_depth),
@@ -61,6 +63,20 @@ def _tls(tls: TlsConfig | None) -> list[tuple[str, object]]:
     """Names of files: what is secret in them is not read here."""
     files = () if tls is None else (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key))
     return [(f"tls_{name}", path) for name, path in files if path is not None]
+
+
+def _paths(config: MultipathConfig, bind: str | None) -> list[tuple[str, object]]:
+    words: list[tuple[str, object]] = []
+    if config.portals:
+        words.append(("portals", "+".join(config.portals)))
+    if config.all_portals:
+        words.append(("paths", "all"))
+    if config.binds or bind is not None:
+        words.append(("bind", "+".join(config.binds or (bind or "",))))
+    if config.wanted:
+        failback = "manual" if config.failback_s is None else f"{config.failback_s:g}"
+        words += [("path_policy", str(config.policy)), ("failback", failback)]
+    return words
 
 
 def _algorithm(name: str) -> str:

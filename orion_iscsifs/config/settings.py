@@ -55,6 +55,15 @@ class CacheMode(enum.StrEnum):
     WRITEBACK = "writeback"
 
 
+class PathPolicy(enum.StrEnum):
+    """Which of several usable paths takes a request."""
+
+    SERVICE_TIME = "service-time"
+    QUEUE_LENGTH = "queue-length"
+    ROUND_ROBIN = "round-robin"
+    FAILOVER = "failover"
+
+
 class ReserveMode(enum.StrEnum):
     """What to do about a persistent reservation (SPC-4 §5.13)."""
 
@@ -101,6 +110,8 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     """None: plain TCP (`iscsi://`)."""
     header_digest: DigestPreference = DigestPreference.PREFER_NONE
     data_digest: DigestPreference = DigestPreference.PREFER_NONE
+    bind: str | None = None
+    """Source address or interface of the connections; None: as the routes say."""
     connections: int = 1
     """TCP connections of the session (MC/S)."""
     erl: int = 0
@@ -145,6 +156,25 @@ class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
     hide_control: bool = False
 
 
+class MultipathConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Further paths to the same LUNs, and how to choose among them."""
+
+    portals: tuple[str, ...] = ()
+    """`host[:port]` of each further portal."""
+    all_portals: bool = False
+    """Every portal that discovery names is a path."""
+    binds: tuple[str, ...] = ()
+    """Source addresses or interfaces: with more than one, each makes a path of its own."""
+    policy: PathPolicy = PathPolicy.SERVICE_TIME
+    failback_s: float | None = 0.0
+    """How long a better path has to hold before I/O goes back to it; None: only by hand."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether more than one path is asked for."""
+        return bool(self.portals) or self.all_portals or len(self.binds) > 1
+
+
 class ReserveConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The guard against a second writer."""
 
@@ -157,6 +187,7 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one mount needs besides its source and its mount point."""
 
     session: SessionConfig
+    multipath: MultipathConfig = MultipathConfig()
     reserve: ReserveConfig = ReserveConfig()
     cache: CacheConfig = CacheConfig()
     fuse: FuseConfig = FuseConfig()

@@ -6,12 +6,15 @@ from typing import Final
 
 from orion_iscsifs.config.settings import CacheMode, ChapAlgorithm
 
-Value = bool | int | float | str | tuple[ChapAlgorithm, ...] | None
+Value = bool | int | float | str | tuple[ChapAlgorithm, ...] | tuple[str, ...] | None
 Parser = Callable[[str], Value]
 """Raises ValueError with the words that follow "option x=y: "."""
 
 SIZE_BYTES_MAX: Final = 1 << 50
 QUEUE_DEPTH_MAX: Final = 4096
+PATHS_MAX: Final = 16
+"""Portals, or source addresses, of one mount."""
+MANUAL: Final = "manual"
 _SUFFIX_SHIFT: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _ALGORITHMS: Final = {
     "sha3-256": ChapAlgorithm.SHA3_256,
@@ -130,3 +133,36 @@ def algorithms(text: str) -> tuple[ChapAlgorithm, ...]:
     if unknown or not names:
         raise ValueError(f"is unknown: {', '.join(_ALGORITHMS)}, joined with '+'")
     return tuple(dict.fromkeys(_ALGORITHMS[name] for name in names))
+
+
+def _joined(text: str, what: str) -> tuple[str, ...]:
+    """The parts between '+' signs: a comma would end an `-o` option."""
+    parts = [part.strip() for part in text.split("+")]
+    if not all(parts) or any(character.isspace() for character in "".join(parts)):
+        raise ValueError(f"is no list of {what}, joined with '+'")
+    if len(parts) > PATHS_MAX:
+        raise ValueError(f"names more than {PATHS_MAX} {what}")
+    return tuple(dict.fromkeys(parts))
+
+
+def portals(text: str) -> tuple[str, ...]:
+    """`10.0.0.1:3260+[fd00::1]+storage`; `url.parse_portal` takes each apart."""
+    found = _joined(text, "portals")
+    for portal in found:
+        if (
+            re.fullmatch(r"(?:[^\s/@?#,:\[\]]+|\[[^\s/@?#,\[\]]+\])(?::[0-9]{1,5})?", portal)
+            is None
+        ):
+            raise ValueError(f"names {portal}, which is no host[:port]")
+    return found
+
+
+def binds(text: str) -> tuple[str, ...]:
+    return _joined(text, "addresses or interfaces")
+
+
+def failback(text: str) -> str | float:
+    """`immediate` is 0 seconds."""
+    if text == "immediate":
+        return 0.0
+    return text if text == MANUAL else interval(text)

@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from orion_iscsifs.errors import ConnectFailed, ProtocolViolation, UsageError
+from orion_iscsifs.initiator.sources import Source
 from orion_iscsifs.protocol.text import parse_number, shown
 from orion_iscsifs.url import DEFAULT_PORT, parse_portal
 
@@ -83,8 +84,12 @@ def interleave(addresses: list[Address]) -> list[Address]:
     return [item for pair in pairs for item in pair if item is not None]
 
 
-async def resolve(portal: Portal) -> "Candidates":
-    """Every address of the portal's host; raises ConnectFailed."""
+async def resolve(portal: Portal, bind: str | None = None) -> "Candidates":
+    """Every address of the portal's host; raises ConnectFailed.
+
+    `bind`: the source address or interface of the connections (`sources`).
+    """
+    source = None if bind is None else Source.parse(bind)
     try:
         found = await trio.socket.getaddrinfo(
             portal.host, portal.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
@@ -101,15 +106,24 @@ async def resolve(portal: Portal) -> "Candidates":
     except OSError as error:
         raise ConnectFailed(f"{portal}: {_reason(error)}", advice="check the host name") from None
     unique = dict.fromkeys(Address(family, sockaddr) for family, _, _, _, sockaddr in found)
-    return Candidates(portal, interleave(list(unique))[:_ADDRESSES_MAX])
+    usable = [address for address in unique if source is None or source.suits(address.family)]
+    if not usable:
+        raise ConnectFailed(
+            f"{portal}: no address of the same family as bind={bind}",
+            advice="bind= and the portal are both IPv4 or both IPv6",
+        )
+    return Candidates(portal, interleave(usable)[:_ADDRESSES_MAX], source)
 
 
 class Candidates:
     """The addresses of a portal that are left to try, and how the others failed."""
 
-    def __init__(self, portal: Portal, addresses: list[Address]) -> None:
+    def __init__(
+        self, portal: Portal, addresses: list[Address], source: Source | None = None
+    ) -> None:
         self.portal = portal
         self.left = addresses
+        self._source = source
         self.failures: list[tuple[Address, OSError]] = []
 
     async def connect(self) -> socket.socket:
@@ -144,7 +158,7 @@ class Candidates:
         nursery: trio.Nursery,
     ) -> None:
         try:
-            sock = await _connect(address)
+            sock = await _connect(address, self._source)
         except OSError as error:
             self.left.remove(address)
             self.failures.append((address, error))
@@ -178,11 +192,13 @@ class Candidates:
         return text + (f"; {self._reasons()}" if self.failures else "")
 
 
-async def _connect(address: Address) -> socket.socket:
+async def _connect(address: Address, source: Source | None) -> socket.socket:
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source is not None:
+            source.apply(sock)
         code = sock.connect_ex(address.sockaddr)
         if code == errno.EINPROGRESS:
             await trio.lowlevel.wait_writable(sock)

@@ -129,7 +129,7 @@ class _Attempt:
     async def run(self, deadline: float) -> LoggedIn:
         try:
             with trio.fail_at(deadline):
-                self._candidates = await resolve(self._portal)
+                self._candidates = await resolve(self._portal, self._nexus.config.bind)
                 return await self._first_that_serves()
         except trio.TooSlowError:
             raise self._too_slow() from None

@@ -33,6 +33,7 @@ class Attempts:
 
     def __init__(self, target: DiscoveredTarget, dialled: Portal, config: SessionConfig) -> None:
         self._name = target.name
+        self._bind = config.bind
         self._timeout_s = min(_LOOK_TIMEOUT_S, config.login_timeout_s)
         first, *others = login_order(target, dialled)
         self._next: list[Portal] = [first]
@@ -75,7 +76,7 @@ class Attempts:
         async def look(portal: Portal) -> None:
             async with limit:
                 try:
-                    await _knock(portal, self._timeout_s)
+                    await _knock(portal, self._timeout_s, self._bind)
                 except OrionError as error:
                     self._errors[portal] = error
                 else:
@@ -87,11 +88,11 @@ class Attempts:
         return [portal for portal in portals if portal in accepting]
 
 
-async def _knock(portal: Portal, timeout_s: float) -> None:
+async def _knock(portal: Portal, timeout_s: float, bind: str | None) -> None:
     """Raises ConnectFailed if nobody accepts a connection there in time."""
     try:
         with trio.fail_after(timeout_s):
-            candidates = await resolve(portal)
+            candidates = await resolve(portal, bind)
             (await candidates.connect()).close()
     except trio.TooSlowError:
         raise ConnectFailed(f"{portal}: no answer within {timeout_s:g} s") from None

@@ -86,6 +86,8 @@ class Session:
         an OrionError ends the connection."""
         self.scsi_event_listeners: list[Callable[[int, SenseData], None]] = []
         """Called with the LUN field and the sense data of a SCSI event (async event 0)."""
+        self.state_listeners: list[Callable[[], None]] = []
+        """Called, synchronously, after each change of `state`."""
         self.lun_listeners: list[Callable[[], None]] = []
         """Called when the target says that it has other LUNs than before (3F/0E)."""
         self._events = Events(self)
@@ -234,6 +236,14 @@ class Session:
 
     # -- for supervisor, management and events -----------------------------------------------
 
+    def enter(self, state: State) -> None:
+        """The one place where `state` changes."""
+        if state is self.state:
+            return
+        self.state = state
+        for listener in self.state_listeners:
+            listener()
+
     def sort_connections(self) -> None:
         """A connection has come, gone, or changed its state."""
         self._open = [connection for connection in self.connections if connection.takes_commands]
@@ -283,7 +293,7 @@ class Session:
     def go_on(self) -> None:
         """LOGGED_IN again: send what has been held."""
         self._refusal = None
-        self.state = State.LOGGED_IN
+        self.enter(State.LOGGED_IN)
         self.pump()
         if self.is_idle:
             # Nobody waits for an answer that could prove the outage over.
@@ -291,8 +301,8 @@ class Session:
 
     def give_up(self, refusal: OrionError | None = None) -> None:
         """Nothing has helped for `replacement_timeout`, or the target refuses for good."""
-        self.state = State.FAILED
         self._refusal = refusal
+        self.enter(State.FAILED)
         verdict = self.verdict()
         log.error("%s; I/O fails with EIO until that has changed", verdict)
         self.fail_all(verdict)

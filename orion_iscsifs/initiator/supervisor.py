@@ -128,7 +128,7 @@ class Supervisor:
         self._unsettled.clear()
         self._move(SessionEvent.FAILED)
         if session.state is State.LOGGED_IN:
-            session.state = State.RECOVERING
+            session.enter(State.RECOVERING)
         session.outage.lost(trio.current_time(), self._time2wait_s)
         held = list(session.tasks.values())
         log.warning("%s: %s; %d commands held, logging in again", session.portal, error, len(held))
@@ -149,7 +149,7 @@ class Supervisor:
         self._add(logged_in)
         self._checked = session.state is State.CLOSED or not session.checks
         if self._checked:
-            session.state = State.LOGGED_IN
+            session.enter(State.LOGGED_IN)
 
     def _move(self, event: SessionEvent) -> None:
         """Take a transition of RFC 7143 §8.3 if it leads anywhere from here."""
@@ -184,7 +184,7 @@ class Supervisor:
     async def logout(self) -> None:
         """End the session in order, bounded in time; afterwards it is CLOSED."""
         session = self._session
-        session.state = State.CLOSED
+        session.enter(State.CLOSED)
         live = [connection for connection in session.connections if not connection.silenced]
         if live:
             request = LogoutRequest(session.next_tag(), cmd_sn=session.window.cmd_sn)
@@ -261,7 +261,7 @@ class Supervisor:
             session.outage.lost(trio.current_time(), dead.time2wait_s)
             self._move(SessionEvent.FAILED)
             if session.state is State.LOGGED_IN:
-                session.state = State.RECOVERING
+                session.enter(State.RECOVERING)
         log.warning(
             "%s: connection %d: %s; %d commands wait for its cleanup",
             session.portal,
