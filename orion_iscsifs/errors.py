@@ -226,6 +226,13 @@ class MediumError(ScsiError):
     lba: int | None = None
 
 
+class SpaceExhausted(ScsiError):
+    """A thin-provisioned device has no room for the write (27h/07h); more may be given to it."""
+
+    errno = _errno.ENOSPC
+    retry_may_help = True
+
+
 class PathInaccessible(ScsiError):
     """The target port can't serve this LUN now: standby, unavailable, or changing (SPC-4 §5.15.2).
 

@@ -17,6 +17,8 @@ from orion_iscsifs.config import (
     ChapCredentials,
     DigestPreference,
     MountConfig,
+    MultipathConfig,
+    PathPolicy,
     ReserveConfig,
     ReserveMode,
     Secret,
@@ -74,12 +76,21 @@ def test_every_implemented_option(tmp_path: Path) -> None:
         f"mutual_user=m,mutual_secret_file={mutual},chap_algs=sha3-256+sha256+sha1+md5",
         "header_digest=crc32c,data_digest=none,connections=16,erl=2,queue_depth=64",
         "cache=writethrough,cache_size=1G,dirty_max=1M,dirty_age=0.5,readahead=2M",
+        "portals=h:1+[fd00::1]:2+other,bind=eth0+10.0.0.2,path_policy=round-robin,failback=manual",
         "reserve=require,replacement_timeout=-1,login_timeout=1,noop_interval=0,noop_timeout=3,command_timeout=4",
     )
     fuse, session, cache = config.fuse, config.session, config.cache
     assert (fuse.read_only, fuse.allow_other, fuse.uid, fuse.gid) == (True, True, 12, 34)
     assert (fuse.mode, fuse.hide_control) == (0o640, True)
     assert session.initiator_name == "iqn.x.y:z"
+    assert config.multipath == MultipathConfig(
+        portals=("h:1", "[fd00::1]:2", "other"),
+        binds=("eth0", "10.0.0.2"),
+        policy=PathPolicy.ROUND_ROBIN,
+        failback_s=None,
+    )
+    assert config.multipath.wanted
+    assert session.bind is None, "each of several makes a path of its own"
     assert config.reserve == ReserveConfig(mode=ReserveMode.REQUIRE)
     assert session.auth.initiator == ChapCredentials(user="u", secret=Secret("twelve-bytes-long"))
     assert session.auth.target is not None
@@ -114,10 +125,15 @@ def test_generic_options_are_ignored_and_later_ones_win() -> None:
     assert configured("rw,ro").fuse.read_only
 
 
-def test_reservations() -> None:
-    assert configured().reserve == ReserveConfig(mode=ReserveMode.AUTO, preempt=False)
+def test_paths_and_reservations() -> None:
+    assert not configured().multipath.wanted
+    one = configured("bind=10.0.0.2")
+    assert (one.session.bind, one.multipath.wanted) == ("10.0.0.2", False)
+    assert configured("paths=all,failback=7.5").multipath == MultipathConfig(
+        all_portals=True, failback_s=7.5
+    )
+    assert configured("failback=immediate").multipath.failback_s == 0
     assert configured("preempt").reserve == ReserveConfig(preempt=True)
-    assert configured("reserve=off").reserve == ReserveConfig(mode=ReserveMode.OFF)
 
 
 def test_dirty_max_follows_cache_size() -> None:
@@ -155,6 +171,16 @@ def test_dirty_max_follows_cache_size() -> None:
         ("header_digest=md5", "is unknown: crc32c"),
         ("chap_algs=md4", "is unknown"),
         ("chap_algs=", "is unknown"),
+        ("portals=", "is no list of portals"),
+        ("portals=a++b", "is no list of portals"),
+        ("portals=a:1+iscsi://b", "names iscsi://b, which is no host[:port]"),
+        ("portals=fd00::1", "which is no host[:port]"),
+        ("portals=" + "+".join(f"h{n}" for n in range(17)), "more than 16 portals"),
+        ("portals=a,paths=all", "give one of the two"),
+        ("paths=some", "is unknown: all"),
+        ("bind=", "is no list of addresses"),
+        ("path_policy=random", "is unknown: service-time"),
+        ("failback=never", "is no number of seconds"),
         ("reserve=yes", "is unknown: auto"),
         ("preempt,reserve=off", "takes no reservation"),
         ("preempt,ro", "takes no reservation"),
@@ -362,7 +388,7 @@ def test_libiscsis_words_for_mutual_chap() -> None:
 def test_rendered_settings_read_back_as_the_same(tmp_path: Path) -> None:
     config = configured(
         "mode=0644,uid=1,cache=none,connections=2,erl=1,queue_depth=3,dirty_age=2.5,readahead=off,ro",
-        "reserve=require",
+        "portals=a:1+b,bind=eth0+eth1,path_policy=failover,failback=30,reserve=off",
     )
     path = tmp_path / "effective.toml"
     path.write_text(to_toml(config, "iscsi://h/"))

@@ -13,6 +13,7 @@ from orion_iscsifs.config import values
 from orion_iscsifs.config.settings import (
     CONNECTIONS_MAX,
     DigestPreference,
+    PathPolicy,
     ReserveMode,
 )
 from orion_iscsifs.config.values import Parser, Value
@@ -62,6 +63,19 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "tls_ca": Option(values.nonempty, "=FILE", "iscsis://: whom to trust (the system's CAs)"),
     "tls_cert": Option(values.nonempty, "=FILE", "iscsis://: our certificate, if one is wanted"),
     "tls_key": Option(values.nonempty, "=FILE", "iscsis://: its private key (as in tls_cert)"),
+    "portals": Option(values.portals, "=H:P+H:P", "further portals: paths to the same LUNs"),
+    "paths": Option(values.choice("all"), "=all", "every portal that discovery names is a path"),
+    "bind": Option(
+        values.binds, "=ADDR|IFACE+…", "source address or interface; several: one path each"
+    ),
+    "path_policy": Option(
+        values.choice(*PathPolicy),
+        "=WORD",
+        "service-time, queue-length, round-robin, failover (service-time)",
+    ),
+    "failback": Option(
+        values.failback, "=immediate|manual|S", "when I/O goes back to a better path (immediate)"
+    ),
     "reserve": Option(
         values.choice(*ReserveMode),
         "=WORD",
@@ -97,11 +111,6 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 
 LATER: Final[Mapping[str, str]] = {
-    "portals": "multipathing",
-    "paths": "multipathing",
-    "bind": "source addresses",
-    "path_policy": "multipathing",
-    "failback": "multipathing",
     "log_dir": "the persistent write log",
     "log_size": "the persistent write log",
     "destage": "the persistent write log",

@@ -13,7 +13,7 @@ from typing import Final, Self
 import trio
 
 from orion_iscsifs.block.device import Buffer, Geometry, GeometryListener, check_request
-from orion_iscsifs.errors import DeviceError, NotSupported, WriteProtected
+from orion_iscsifs.errors import DeviceError, NotSupported, PathInaccessible, WriteProtected
 from orion_iscsifs.initiator.commands import SYNCHRONIZE_PATIENCE, LogicalUnit
 from orion_iscsifs.initiator.probe import LunInfo, probe
 from orion_iscsifs.initiator.session import Session
@@ -48,6 +48,7 @@ class LunDevice:
         self.write_guard: Callable[[], Awaitable[None]] | None = None
         """Awaited before each change of the medium, while it is in doubt whether it is ours."""
         self._take(info)
+        unit.in_use = True
         unit.reread_limits = self._reread
         unit.look_again = self._look_again
         unit.session.checks.append(self._check_after_login)
@@ -186,7 +187,8 @@ class LunDevice:
                 return
             except DeviceError as error:
                 # A target may listen before it has all of its LUNs.
-                if isinstance(error, AnotherDisk) or trio.current_time() >= settled:
+                final = isinstance(error, AnotherDisk | PathInaccessible)
+                if final or trio.current_time() >= settled:
                     log.error("%s", error.line)
                     self._unit.refuse(error)
                     return

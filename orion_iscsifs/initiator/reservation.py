@@ -27,6 +27,7 @@ from orion_iscsifs.errors import (
 from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.initiator.keys import LunKeys
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.initiator.outage import State
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.initiator.standing import (
     OUR_TYPE,
@@ -57,21 +58,42 @@ _T = TypeVar("_T")
 class Reservation:
     """Of one LUN. `take` it, `watch` the disk, then `release` it."""
 
-    def __init__(self, session: Session, number: int, keys: LunKeys, config: ReserveConfig) -> None:
+    def __init__(
+        self,
+        session: Session,
+        number: int,
+        keys: LunKeys,
+        config: ReserveConfig,
+        living: set[int] | None = None,
+    ) -> None:
+        """`living`: the keys of all paths of this mount to the LUN, shared by their reservations,
+        which put them there and take them away."""
         self._disk: LunDevice | None = None
         self._session = session
         self._number = number
         self._config = config
-        self._own = Own(keys, keys.of(session.nexus.isid))
+        self._keys = keys
+        self.key: Final = keys.of(session.nexus.isid)
+        self._living = set[int]() if living is None else living
         self._unit = LogicalUnit(session, number)
         self._state = "off"
         self._aptpl = False
         self._loss: ReservationConflict | None = None
         self._checking = trio.Lock()
+        self._gate = trio.Lock()
+        """Held while this path's registration may not come back: another one ends its nexus."""
+
+    @property
+    def _own(self) -> Own:
+        return Own(self._keys, self.key, frozenset(self._living - {self.key}))
+
+    @property
+    def is_held(self) -> bool:
+        return self._state == "held"
 
     def status(self) -> dict[str, Any]:
         """`reservation` of INTERFACE §7."""
-        key = f"{self._own.key:#018x}" if self._state in {"held", "lost"} else None
+        key = f"{self.key:#018x}" if self._state in {"held", "lost"} else None
         return {"state": self._state, "key": key}
 
     # -- taking and giving back --------------------------------------------------------------
@@ -90,6 +112,7 @@ class Reservation:
             self._without(error)
             return
         self._state = "held"
+        self._living.add(self.key)
 
     def watch(self, disk: LunDevice) -> None:
         """From now on `disk` writes only as long as the reservation stands."""
@@ -116,10 +139,27 @@ class Reservation:
         if self._state != "held":
             return
         self._state = "off"
+        self._living.discard(self.key)
         try:
             await self._unregister()
         except OrionError as error:
             log.warning("LUN %d: the reservation is left behind: %s", self._number, error)
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the device can be asked on this path now."""
+        return self._session.state is State.LOGGED_IN
+
+    async def withdraw(self, lost: "Reservation") -> None:
+        """Take back the key of another path, which can't do it itself."""
+        if not (self.is_held and lost.is_held):
+            return
+        lost._state = "off"
+        self._living.discard(lost.key)
+        try:
+            await self._preempt(self._unit, lost.key)
+        except OrionError as error:
+            log.warning("LUN %d: a key is left behind: %s", self._number, error)
 
     # -- looking after it --------------------------------------------------------------------
 
@@ -132,7 +172,8 @@ class Reservation:
             return
         unit = LogicalUnit(self._session, self._number, urgent=True)
         try:
-            await self._check(unit)
+            async with self._gate:
+                await self._check(unit)
         except DeviceError as error:
             if self._loss is None:
                 log.error("LUN %d: its reservation can't be checked: %s", self._number, error)
@@ -185,6 +226,29 @@ class Reservation:
         log.error("%s", self._loss.line)
         return self._loss
 
+    async def end_nexus_of(self, lost: "Reservation", epoch: int) -> bool:
+        """Take the registration of a path that is lost since login number `epoch`.
+
+        True: what that path had in flight is aborted, and what may still arrive from it ends with
+        RESERVATION CONFLICT (SPC-4 §5.13.11.2.6). False: the device can't do that, or there is no
+        reservation. Raises an OrionError of this path.
+        """
+        if not (self.is_held and lost.is_held):
+            return False
+        async with lost._gate:
+            # It may have logged in meanwhile; it can't have registered since, we hold its gate.
+            if lost._session.counters.logins != epoch:
+                return True
+            parameters = OutParameters(key=self.key, service_action_key=lost.key)
+            try:
+                await self._out(self._unit, OutAction.PREEMPT_AND_ABORT, parameters)
+            except (NotSupported, ScsiError) as error:
+                if not _means_unsupported(error):
+                    raise
+                return False
+            seen = await self._look(self._unit)
+            return lost.key not in seen.keys and self.key in seen.keys
+
     # -- the device --------------------------------------------------------------------------
 
     async def _converge(
@@ -215,7 +279,7 @@ class Reservation:
 
     async def _do(self, unit: LogicalUnit, step: Step) -> bool:
         """One change. False: a conflict; the next look tells why."""
-        own = self._own.key
+        own = self.key
         try:
             if step.act is Act.REGISTER:
                 parameters = OutParameters(service_action_key=own, aptpl=self._aptpl)
@@ -231,8 +295,8 @@ class Reservation:
 
     async def _preempt(self, unit: LogicalUnit, key: int) -> None:
         """Of another host, its commands too: none of them may land after ours."""
-        parameters = OutParameters(key=self._own.key, service_action_key=key)
-        if not self._own.keys.is_ours(key):
+        parameters = OutParameters(key=self.key, service_action_key=key)
+        if not self._keys.is_ours(key):
             whom = await self._named(unit, key)
             log.warning("LUN %d: its reservation is taken from %s", self._number, whom)
             try:
@@ -255,7 +319,7 @@ class Reservation:
         )
 
     async def _unregister(self, unit: LogicalUnit | None = None) -> None:
-        parameters = OutParameters(key=self._own.key)
+        parameters = OutParameters(key=self.key)
         await self._out(unit or self._unit, OutAction.REGISTER, parameters)
 
     async def _ask_abilities(self) -> None:

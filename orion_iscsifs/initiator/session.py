@@ -57,7 +57,7 @@ from orion_iscsifs.scsi.sense import SenseData
 log = logging.getLogger(__name__)
 
 QUEUE_DEPTH_MAX: Final = 128
-"""Commands in flight when `queue_depth` is not set; the target's window may be smaller."""
+"""Commands in flight of one session, whatever the target's window: of all its logical units."""
 _CONNECTIONS_PER_COMMAND_MAX: Final = 3
 """A command that has ended so many connections fails."""
 
@@ -90,6 +90,8 @@ class Session:
         """Called, synchronously, after each change of `state`."""
         self.lun_listeners: list[Callable[[], None]] = []
         """Called when the target says that it has other LUNs than before (3F/0E)."""
+        self.is_one_of_several = False
+        """What this session fails is carried out by another one."""
         self._events = Events(self)
         self._refusal: OrionError | None = None
         """Why the target does not let us in again."""
@@ -97,7 +99,9 @@ class Session:
         self._open: list[Connection] = []
         """The connections that take commands."""
         self._tag = 0
-        self._depth = nexus.config.queue_depth or QUEUE_DEPTH_MAX
+        self.queue_depth = nexus.config.queue_depth or QUEUE_DEPTH_MAX
+        """Of each logical unit, at the most: `commands.LogicalUnit` keeps to it."""
+        self.in_flight_max = max(self.queue_depth, QUEUE_DEPTH_MAX)
 
     # -- commands ----------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ class Session:
         self.pump()
 
     def _has_slot(self) -> bool:
-        return len(self.tasks) < self._depth and self.window.free > 0 and bool(self._open)
+        return len(self.tasks) < self.in_flight_max and self.window.free > 0 and bool(self._open)
 
     def _issue(self, task: Task) -> Connection:
         self.counters.commands += 1
@@ -304,7 +308,10 @@ class Session:
         self._refusal = refusal
         self.enter(State.FAILED)
         verdict = self.verdict()
-        log.error("%s; I/O fails with EIO until that has changed", verdict)
+        if self.is_one_of_several:
+            log.warning("%s: this path is lost; logging in goes on", self.portal)
+        else:
+            log.error("%s; I/O fails with EIO until that has changed", verdict)
         self.fail_all(verdict)
 
     def verdict(self) -> TransportError:

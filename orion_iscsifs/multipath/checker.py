@@ -39,11 +39,12 @@ class Checker:
         record = self._record
         while True:
             self._news = trio.Event()
+            pause_s = float("inf")  # A lost session logs in by itself.
             if record.path.is_up:
                 await self._look()
-            pause_s = record.check_pause_s()
-            if not self._device.has_path:
-                pause_s = min(pause_s, _URGENT_S)
+                pause_s = record.check_pause_s()
+                if not self._device.has_path:
+                    pause_s = min(pause_s, _URGENT_S)
             with trio.move_on_after(pause_s):
                 await self._news.wait()
 
@@ -52,10 +53,6 @@ class Checker:
         epoch = record.path.epoch
         try:
             access = await record.path.check()
-            if not (access.state.usable or self._device.has_path) and access.explicit:
-                log.warning("%s: asking to serve path %s", self._device.name, record.path.name)
-                await record.path.activate()
-                access = await record.path.check()
         except OrionError as error:
             record.last_error = str(error)
             event = PathEvent.REFUSED if record.path.is_refused else PathEvent.SERVES_NOT
@@ -65,9 +62,23 @@ class Checker:
         # A path that was lost meanwhile has been told to the device by its session.
         if not record.path.is_up or record.path.epoch != epoch:
             return
+        record.checked_at = trio.current_time()
         record.failed_checks = 0 if event is PathEvent.SERVES else record.failed_checks + 1
         if record.state is PathState.ACTIVE and event is PathEvent.SERVES:
             record.last_error = ""
         self._device.event(record, event)
         # The rank may have changed and the state not.
         self._device.review()
+        await self._activate_one()
+
+    async def _activate_one(self) -> None:
+        """When it is certain that the target serves no path, choose one for it."""
+        chosen = self._device.to_activate()
+        if chosen is None:
+            return
+        log.warning("%s: asking to serve path %s", self._device.name, chosen.path.name)
+        try:
+            await chosen.path.activate()
+        except OrionError as error:
+            chosen.last_error = str(error)
+        chosen.wake()

@@ -54,7 +54,8 @@ from orion_iscsifs.multipath.paths import (
     PathRecord,
     PathState,
     holding_back,
-    percentiles_us,
+    path_status,
+    to_activate,
 )
 from orion_iscsifs.multipath.policy import Chooser
 
@@ -120,6 +121,11 @@ class MultipathDevice:
         return bool(self._chooser.candidates)
 
     @property
+    def is_held(self) -> bool:
+        """Whether requests still wait for a path."""
+        return self._none_since is None or trio.current_time() < self._none_since + self._hold_s
+
+    @property
     def is_degraded(self) -> bool:
         """Whether some path is not what it should be."""
         return any(record.state.shown == "failed" for record in self.records)
@@ -127,16 +133,13 @@ class MultipathDevice:
     def status(self) -> list[dict[str, Any]]:
         """The `paths` of INTERFACE §7, without the LUN."""
         return [
-            {
-                "portal": record.path.name,
-                "state": record.state.shown,
-                "alua": record.access.state.words if record.access.reported else None,
-                "in_flight": record.in_flight,
-                "latency_us": percentiles_us(record),
-                "in_use": record in self._chooser.candidates,
-                "unproven_writes": len(record.lost_writes),
-                "last_error": record.last_error or None,
-            }
+            path_status(
+                record.path.name,
+                record.state.shown,
+                record=record,
+                in_use=record in self._chooser.candidates,
+                last_error=record.last_error or None,
+            )
             for record in self.records
         ]
 
@@ -168,6 +171,8 @@ class MultipathDevice:
             if self._none_since is None:
                 self._none_since = now
                 log.error("%s: no path works: I/O waits", self.name)
+                for record in self.records:
+                    record.wake()
         elif self._none_since is not None:
             self._none_since = None
             log.warning("%s: I/O goes on", self.name)
@@ -175,6 +180,10 @@ class MultipathDevice:
         self._take_geometry()
         self._changed.set()
         self._changed = trio.Event()
+
+    def to_activate(self) -> PathRecord | None:
+        """See `paths.to_activate`."""
+        return None if self._none_since is None else to_activate(self.records, self._none_since)
 
     async def _review_at(self, due: float) -> None:
         await trio.sleep_until(due)

@@ -20,7 +20,7 @@ import enum
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from orion_iscsifs.block.ranges import Range, overlap
 from orion_iscsifs.multipath.path import Access, Path
@@ -105,6 +105,7 @@ class PathRecord:
     lost_writes: list[Range] = field(default_factory=list)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSSES_MAX))
     failed_checks: int = 0
+    checked_at: float = 0.0
     last_error: str = ""
     in_flight: int = 0
     load: int = 0
@@ -179,13 +180,45 @@ def rank(record: PathRecord) -> tuple[bool, bool]:
     return record.state is PathState.MARGINAL, not optimized
 
 
-def percentiles_us(record: PathRecord) -> dict[str, int | None]:
-    """Of the last successful requests."""
-    found = sorted(record.latencies_s)
+def path_status(
+    portal: str,
+    state: str,
+    *,
+    record: PathRecord | None = None,
+    in_use: bool = False,
+    last_error: str | None = None,
+) -> dict[str, Any]:
+    """One of the `paths` of INTERFACE §7, without its LUN. Latencies: of the last requests."""
+    found = sorted(record.latencies_s) if record is not None else []
+    reported = record is not None and record.access.reported
     return {
-        f"p{part}": round(1e6 * found[len(found) * part // 100]) if found else None
-        for part in (50, 95, 99)
+        "portal": portal,
+        "state": state,
+        "alua": record.access.state.words if record is not None and reported else None,
+        "in_flight": record.in_flight if record is not None else None,
+        "latency_us": {
+            f"p{part}": round(1e6 * found[len(found) * part // 100]) if found else None
+            for part in (50, 95, 99)
+        },
+        "in_use": in_use,
+        "unproven_writes": len(record.lost_writes) if record is not None else 0,
+        "last_error": last_error,
     }
+
+
+def to_activate(records: list[PathRecord], none_since: float) -> PathRecord | None:
+    """Which path to ask for when the target serves none, the preferred one first.
+
+    Only when all have been looked at since then: a target that has just changed its mind may serve
+    another one already.
+    """
+    up = [record for record in records if record.path.is_up]
+    if any(record.checked_at < none_since for record in up):
+        return None
+    standby = [
+        record for record in up if record.state is PathState.STANDBY and record.access.explicit
+    ]
+    return min(standby, key=lambda one: (not one.access.preferred, one.order), default=None)
 
 
 def holding_back(records: list[PathRecord], changed: Range) -> Iterator[PathRecord]:

@@ -1,10 +1,10 @@
 """Status bytes and sense data (SAM-5 §5.3, SPC-4 §4.5), both formats, both roles."""
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from orion_iscsifs.scsi.additional_sense import words
 from orion_iscsifs.scsi.malformed import Buffer, field
 
 
@@ -39,62 +39,6 @@ class SenseKey(enum.IntEnum):
     COMPLETED = 0xF
 
 
-ADDITIONAL_SENSE: Final[Mapping[tuple[int, int], str]] = {
-    (0x04, 0x00): "logical unit not ready, cause not reportable",
-    (0x04, 0x01): "logical unit is becoming ready",
-    (0x04, 0x02): "logical unit not ready, start command needed",
-    (0x04, 0x03): "logical unit not ready, manual intervention needed",
-    (0x04, 0x04): "logical unit not ready, format in progress",
-    (0x04, 0x07): "logical unit not ready, operation in progress",
-    (0x04, 0x0A): "logical unit not accessible, asymmetric access state transition",
-    (0x04, 0x0B): "logical unit not accessible, target port in standby state",
-    (0x04, 0x0C): "logical unit not accessible, target port in unavailable state",
-    (0x08, 0x00): "logical unit communication failure",
-    (0x0C, 0x00): "write error",
-    (0x0C, 0x0C): "write error, unexpected unsolicited data",
-    (0x0C, 0x0D): "write error, not enough unsolicited data",
-    (0x10, 0x00): "CRC or ECC error",
-    (0x11, 0x00): "unrecovered read error",
-    (0x11, 0x13): "read error, retransmission request was not served",
-    (0x1A, 0x00): "parameter list length error",
-    (0x1D, 0x00): "miscompare during verify operation",
-    (0x20, 0x00): "invalid command operation code",
-    (0x21, 0x00): "logical block address out of range",
-    (0x24, 0x00): "invalid field in CDB",
-    (0x25, 0x00): "logical unit not supported",
-    (0x26, 0x00): "invalid field in parameter list",
-    (0x27, 0x00): "write protected",
-    (0x27, 0x07): "space allocation failed, write protected",
-    (0x28, 0x00): "not ready to ready change, medium may have changed",
-    (0x29, 0x00): "power on, reset, or bus device reset occurred",
-    (0x29, 0x01): "power on occurred",
-    (0x29, 0x02): "bus reset occurred",
-    (0x29, 0x03): "logical unit reset occurred",
-    (0x29, 0x04): "device internal reset",
-    (0x29, 0x07): "I_T nexus loss occurred",
-    (0x2A, 0x00): "parameters changed",
-    (0x2A, 0x01): "mode parameters changed",
-    (0x2A, 0x03): "reservations preempted",
-    (0x2A, 0x04): "reservations released",
-    (0x2A, 0x05): "registrations preempted",
-    (0x2A, 0x06): "asymmetric access state changed",
-    (0x2A, 0x09): "capacity data has changed",
-    (0x2F, 0x00): "commands cleared by another initiator",
-    (0x38, 0x07): "thin provisioning soft threshold reached",
-    (0x3A, 0x00): "medium not present",
-    (0x3F, 0x03): "inquiry data has changed",
-    (0x3F, 0x0E): "reported LUNs data has changed",
-    (0x44, 0x00): "internal target failure",
-    (0x47, 0x03): "information unit CRC error",
-    (0x47, 0x05): "protocol service CRC error",
-    (0x47, 0x7F): "some commands cleared by iSCSI protocol event",
-    (0x49, 0x00): "invalid message",
-    (0x4B, 0x00): "data phase error",
-    (0x53, 0x02): "medium removal prevented",
-    (0x55, 0x00): "system resource failure",
-}
-
-
 @dataclass(frozen=True, slots=True)
 class SenseData:
     """Decoded sense. `information` is mostly the LBA that failed, None if not valid."""
@@ -110,10 +54,8 @@ class SenseData:
 
     def describe(self) -> str:
         """In words, with the three numbers that every vendor's manual lists."""
-        words = ADDITIONAL_SENSE.get((self.asc, self.ascq))
         code = f"{self.key:X}/{self.asc:02X}/{self.ascq:02X}"
-        text = f"{key_name(self.key)}, {words}" if words else key_name(self.key)
-        return f"{text} ({code})"
+        return f"{key_name(self.key)}, {words(self.asc, self.ascq)} ({code})"
 
 
 def key_name(key: int) -> str:

@@ -6,12 +6,12 @@ A read-only mount, or one with `reserve=off`, takes neither.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from orion_iscsifs.config import MountConfig, ReserveMode
 from orion_iscsifs.config.places import create_private, state_dir
-from orion_iscsifs.errors import ReservationConflict
+from orion_iscsifs.errors import PathInaccessible, ReservationConflict
 from orion_iscsifs.initiator.claim import Claim, hold_lun
 from orion_iscsifs.initiator.commands import LogicalUnit
 from orion_iscsifs.initiator.keys import LunKeys
@@ -24,18 +24,56 @@ _PATIENCE_MIN_S = 10.0
 
 
 class Exclusive:
-    """The claim and the reservation of one disk."""
+    """The claim of one disk, and its reservation on each path."""
 
-    def __init__(self, claim: Claim, reservation: Reservation) -> None:
+    def __init__(self, claim: Claim, config: MountConfig, keys: LunKeys) -> None:
         self._claim = claim
-        self._reservation = reservation
+        self._config = config
+        self._keys = keys
+        self._living: set[int] = set()
+        self._reservations: list[Reservation] = []
+
+    async def join(self, disk: LunDevice) -> Reservation:
+        """Over one more path, the first or a further one. Raises BusyError or a DeviceError."""
+        reservation = Reservation(
+            disk.session, disk.number, self._keys, self._config.reserve, self._living
+        )
+        self._reservations.append(reservation)
+        try:
+            await reservation.take()
+            # The disk may have been another mount's until now. A path in standby can't tell.
+            with suppress(PathInaccessible):
+                await disk.refresh()
+        except BaseException:
+            self._reservations.remove(reservation)
+            await reservation.release()
+            raise
+        reservation.watch(disk)
+        return reservation
+
+    @property
+    def first(self) -> Reservation:
+        """On the path that the disk was opened on."""
+        return self._reservations[0]
+
+    async def release(self) -> None:
+        """On every path. The keys of those that are lost are withdrawn by way of another one."""
+        living = [one for one in self._reservations if one.is_reachable]
+        for lost in self._reservations:
+            if lost not in living and living:
+                await living[0].withdraw(lost)
+        while self._reservations:
+            await self._reservations.pop().release()
 
     def unmounting(self) -> None:
         """A new mount of this host may wait for this one from now on."""
         self._claim.unmounting()
 
-    def status(self) -> dict[str, Any]:
-        return self._reservation.status()
+    def status(self) -> dict[str, Any] | None:
+        """`reservation` of INTERFACE §7: that of the first path, unless another one is lost."""
+        found = [reservation.status() for reservation in self._reservations]
+        lost = [status for status in found if status["state"] == "lost"]
+        return next(iter(lost or found), None)
 
 
 def wanted(config: MountConfig) -> bool:
@@ -69,15 +107,12 @@ async def hold(disk: LunDevice, config: MountConfig, mountpoint: str) -> AsyncIt
     async with hold_lun(
         create_private(state_dir()), name, mountpoint, patience_s=patience_s
     ) as claim:
-        reservation = _reservation(disk.session, disk.number, disk.info.name, config)
-        await reservation.take()
+        exclusive = Exclusive(claim, config, LunKeys.load(create_private(state_dir()), name))
         try:
-            # The disk may have been another mount's until now.
-            await disk.refresh()
-            reservation.watch(disk)
-            yield Exclusive(claim, reservation)
+            await exclusive.join(disk)
+            yield exclusive
         finally:
-            await reservation.release()
+            await exclusive.release()
 
 
 def _reservation(session: Session, number: int, name: str, config: MountConfig) -> Reservation:

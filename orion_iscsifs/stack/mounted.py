@@ -8,6 +8,7 @@ from orion_iscsifs.config import MountConfig
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.stack import status
 from orion_iscsifs.stack.unit import Unit
+from orion_iscsifs.stack.ways import Ways
 
 FileListener = Callable[[str, BlockDevice | None], None]
 """Told the path of a device file that has appeared, and its device; or None: it has vanished."""
@@ -21,6 +22,8 @@ class Stack:
         self.mountpoint: Final = mountpoint
         self.units: list[Unit] = []
         self.sessions: list[Session] = []
+        self.ways: list[Ways] = []
+        """Of each target with several paths."""
         self._listeners: list[FileListener] = []
 
     @property
@@ -51,7 +54,8 @@ class Stack:
         """The parts of INTERFACE §7 that the data path knows."""
         mode = self.config.cache.mode
         return {
-            "state": status.state(self.sessions),
+            "state": status.state(self.units, self.sessions, self.ways),
             "luns": [status.lun(unit, mode) for unit in self.units],
             "sessions": [status.session(session) for session in self.sessions],
+            "paths": [path for unit in self.units for path in status.paths(unit, self.ways)],
         }

@@ -15,7 +15,7 @@ from orion_iscsifs.protocol.login import Credentials
 from orion_iscsifs.stack.lifetime import House, open_house
 from orion_iscsifs.stack.mounted import Stack
 from orion_iscsifs.stack.target import Target
-from orion_iscsifs.url import Source
+from orion_iscsifs.url import Source, parse_portal
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,10 @@ async def _open_targets(
     asked = Portal(source.host, source.port)
     if source.target is not None:
         target = Target(stack, house, source.target, lun=source.lun, prefix="", config=config)
-        await target.open(asked)
+        if not config.multipath.wanted:
+            await target.open(asked)
+        else:
+            await target.open_ways(await _portals(source.target, asked, config))
         return [target]
     targets: list[Target] = []
     for found in await _discover(asked, config):
@@ -115,6 +118,8 @@ async def _open_listed(
 
     Its portals are tried in turn (`initiator.portals` has the order, and why).
     """
+    if config.multipath.wanted:
+        return await _open_all_ways(target, found, asked, config)
     attempts = Attempts(found, asked, config.session)
     while (portal := await attempts.next()) is not None:
         try:
@@ -128,3 +133,38 @@ async def _open_listed(
         else:
             return True
     raise attempts.verdict()
+
+
+# -- several paths ---------------------------------------------------------------------------------
+
+
+async def _portals(target_name: str, asked: Portal, config: MountConfig) -> list[Portal]:
+    """Of a target that is named: the portals that are named, or with `paths=all` all it has."""
+    if not config.multipath.all_portals:
+        return _named(asked, config)
+    for found in await _discover(asked, config):
+        if found.name == target_name:
+            return list(found.portals)
+    raise TargetNotFound(
+        f"{asked}: the portal does not list {target_name}",
+        advice="`orion-iscsifs discover` shows what it lists",
+    )
+
+
+def _named(asked: Portal, config: MountConfig) -> list[Portal]:
+    """The portal of the source, and those of `portals=`."""
+    further = (parse_portal(text) for text in config.multipath.portals)
+    return list(dict.fromkeys([asked, *(Portal(one.host, one.port) for one in further)]))
+
+
+async def _open_all_ways(
+    target: Target, found: DiscoveredTarget, asked: Portal, config: MountConfig
+) -> bool:
+    """As `_open_listed`: of a target that discovery found."""
+    every = config.multipath.all_portals
+    try:
+        await target.open_ways(list(found.portals) if every else _named(asked, config))
+    except LunNotFound as error:
+        log.warning("%s", error)
+        return False
+    return True

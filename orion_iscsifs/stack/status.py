@@ -6,14 +6,46 @@ from typing import Any
 
 from orion_iscsifs.config import CacheMode
 from orion_iscsifs.initiator.connection import Connection
+from orion_iscsifs.initiator.outage import State
 from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.multipath.paths import path_status
 from orion_iscsifs.stack.unit import Unit
+from orion_iscsifs.stack.ways import Ways
 
 
-def state(sessions: Iterable[Session]) -> str:
-    """Of the whole mount."""
-    states = {session.state.value for session in sessions}
-    return "failed" if "failed" in states else "recovering" if "recovering" in states else "ok"
+def state(units: Iterable[Unit], sessions: Iterable[Session], ways: Iterable[Ways]) -> str:
+    """Of the whole mount, as bad as its worst LUN: a lost path matters if it is the last one."""
+    states = {session.state.value for session in sessions if not session.is_one_of_several}
+    joined = [unit.paths.device for unit in units if unit.paths is not None]
+    states |= {
+        "recovering" if device.is_held else "failed" for device in joined if not device.has_path
+    }
+    for worst in ("failed", "recovering"):
+        if worst in states:
+            return worst
+    degraded = any(device.is_degraded for device in joined) or any(one.missing for one in ways)
+    return "degraded" if degraded else "ok"
+
+
+def paths(unit: Unit, ways: Iterable[Ways]) -> list[dict[str, Any]]:
+    """Of one LUN: the ways to its target that have never been open are failed paths, too."""
+    if unit.paths is None:
+        return [_only_path(unit)]
+    missing = [
+        path_status(name, "failed", last_error=error)
+        for one in ways
+        if one.target_name == unit.target_name
+        for name, error in one.missing.items()
+    ]
+    return [{"lun": unit.path, **path} for path in (*unit.paths.status(), *missing)]
+
+
+def _only_path(unit: Unit) -> dict[str, Any]:
+    session = unit.disk.session
+    up = session.state is State.LOGGED_IN and not unit.disk.is_refused
+    name, state = str(session.portal), "active" if up else "failed"
+    error = str(session.last_error) if session.last_error else None
+    return {"lun": unit.path, **path_status(name, state, last_error=error)}
 
 
 def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.config import CacheMode, MountConfig
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
+from orion_iscsifs.stack.lunpath import Way
+from orion_iscsifs.stack.lunpaths import LunPaths
 
 
 class Unit(AbstractAsyncContextManager[object]):
@@ -23,8 +25,12 @@ class Unit(AbstractAsyncContextManager[object]):
         disk: LunDevice,
         config: MountConfig,
         mountpoint: str,
+        way: Way | None = None,
     ) -> None:
-        """`path` of its file in the mount; `disk` is closed with the unit, or if it can't open."""
+        """`path` of its file in the mount; `disk` is closed with the unit, or if it can't open.
+
+        With `way`, the one that `disk` goes, further paths may be joined.
+        """
         self.path = path
         self.number = number
         self.target_name = target_name
@@ -33,20 +39,28 @@ class Unit(AbstractAsyncContextManager[object]):
         self.top: BlockDevice = disk
         """What the file reads and writes."""
         self.exclusive: Exclusive | None = None
+        self.paths: LunPaths | None = None
+        """Several, joined; None: `disk` is the only one."""
+        self._way = way
         self._config = config
         self._mountpoint = mountpoint
         self._layers = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """The data path, bottom first. Raises BusyError when somebody else writes to the LUN."""
-        config, device = self._config, self.disk
+        config = self._config
+        device: BlockDevice = self.disk
         async with AsyncExitStack() as layers:
             layers.callback(self.disk.close)
             if wanted(config) and not device.geometry.read_only:
                 self.exclusive = await layers.enter_async_context(
                     hold(self.disk, config, self._mountpoint)
                 )
-            top: BlockDevice = device
+            if self._way is not None:
+                self.paths = LunPaths(self._way, self.disk, config, self.exclusive)
+                await layers.enter_async_context(self.paths)
+                device = self.paths.device
+            top = device
             if config.cache.mode is not CacheMode.NONE:
                 self.cache = WritebackCache(device, config.cache)
                 top = await layers.enter_async_context(self.cache)
@@ -61,6 +75,13 @@ class Unit(AbstractAsyncContextManager[object]):
         traceback: TracebackType | None,
     ) -> bool | None:
         return await self._layers.__aexit__(kind, error, traceback)
+
+    async def refresh(self) -> None:
+        """Look at the LUN again. Raises AnotherDisk or another DeviceError, of the only path."""
+        if self.paths is None:
+            await self.disk.refresh()
+        else:
+            await self.paths.refresh()
 
     @property
     def dirty_bytes(self) -> int:

@@ -203,7 +203,8 @@ async def test_data_that_does_not_add_up_never_counts_as_read(
 @pytest.mark.checklist(20, "11.7.3")
 async def test_status_in_the_last_data_in_is_all_there_is() -> None:
     """No SCSI Response is waited for; the tag is free and the next command goes out."""
-    async with played_session(queue_depth=1) as (session, peer, _), trio.open_nursery() as nursery:
+    async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
+        session.in_flight_max = 1
         for data in (b"first", b"other"):
             running = Running(nursery, session, reads(5))
             tag = (await peer.expect(ScsiCommand)).initiator_task_tag
@@ -268,9 +269,10 @@ async def test_unsolicited_data_is_a_full_first_burst_or_only_the_immediate_part
 async def test_unsolicited_data_goes_in_the_order_of_its_commands() -> None:
     """All of command N's comes before any of command N+1's, also when both wait to be sent."""
     async with (
-        played_session(offer(immediate_data=False), queue_depth=3) as (session, peer, _),
+        played_session(offer(immediate_data=False)) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
+        session.in_flight_max = 3
         running = [Running(nursery, session, writes(bytes(9000))) for _ in range(3)]
         commands: list[int] = []
         data: list[int] = []

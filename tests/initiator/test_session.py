@@ -142,8 +142,9 @@ async def test_commands_go_out_in_cmd_sn_order_and_never_beyond_the_window() -> 
         await peer.reply(ScsiResponse(last.initiator_task_tag))
 
 
-async def test_queue_depth_bounds_the_commands_in_flight() -> None:
-    async with played_session(queue_depth=2) as (session, peer, _), trio.open_nursery() as nursery:
+async def test_a_session_has_a_limit_of_its_own() -> None:
+    async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
+        session.in_flight_max = 2
         for _ in range(3):
             nursery.start_soon(good, session)
         first, second = await peer.expect(ScsiCommand), await peer.expect(ScsiCommand)
@@ -358,7 +359,8 @@ async def test_a_cancelled_write_is_waited_for_while_its_buffer_is_on_the_wire()
 
 
 async def test_a_cancelled_command_that_waits_for_a_slot_is_never_sent() -> None:
-    async with played_session(queue_depth=1) as (session, peer, _), trio.open_nursery() as nursery:
+    async with played_session() as (session, peer, _), trio.open_nursery() as nursery:
+        session.in_flight_max = 1
         nursery.start_soon(good, session)
         first = await peer.expect(ScsiCommand)
         with trio.move_on_after(0.02):

@@ -6,10 +6,13 @@ from hypothesis import strategies as st
 
 from orion_iscsifs.errors import (
     LunNotFound,
+    MediumError,
     NotSupported,
     OutOfRange,
+    PathInaccessible,
     ReservationConflict,
     ScsiError,
+    SpaceExhausted,
     WriteProtected,
 )
 from orion_iscsifs.scsi import sense
@@ -81,8 +84,13 @@ def test_words() -> None:
     assert sense.LBA_OUT_OF_RANGE.describe() == (
         "illegal request, logical block address out of range (5/21/00)"
     )
-    assert SenseData(9, 0x80, 1).describe() == "vendor specific (9/80/01)"
-    assert SenseData(0xC, 0, 0).describe() == "sense key C (C/00/00)"
+    assert (
+        SenseData(9, 0x80, 1).describe()
+        == "vendor specific, a condition of the vendor's own (9/80/01)"
+    )
+    assert (
+        SenseData(0xC, 0, 0).describe() == "sense key C, no additional sense information (C/00/00)"
+    )
     assert sense.status_name(0x28) == "TASK SET FULL"
     assert sense.status_name(0x77) == "status 77h"
 
@@ -123,11 +131,13 @@ def test_what_an_initiator_does(status: int, data: SenseData | None, action: Act
     ("data", "kind"),
     [
         (sense.WRITE_PROTECTED, WriteProtected),
-        (sense.SPACE_ALLOCATION_FAILED, ScsiError),
+        (sense.SPACE_ALLOCATION_FAILED, SpaceExhausted),
         (sense.LBA_OUT_OF_RANGE, OutOfRange),
         (sense.LUN_NOT_SUPPORTED, LunNotFound),
         (sense.INVALID_OPCODE, NotSupported),
-        (sense.UNRECOVERED_READ_ERROR, ScsiError),
+        (sense.UNRECOVERED_READ_ERROR, MediumError),
+        (SenseData(2, 4, 0x0B), PathInaccessible),
+        (sense.INTERNAL_TARGET_FAILURE, ScsiError),
     ],
 )
 def test_errors(data: SenseData, kind: type[Exception]) -> None:
