@@ -12,6 +12,7 @@ from orion_iscsifs.errors import ConnectFailed, NotIscsi, OrionError
 from orion_iscsifs.initiator import addresses
 from orion_iscsifs.initiator.addresses import HEAD_START_S, Address, Candidates, Portal, interleave
 from orion_iscsifs.initiator.dial import LoggedIn, Nexus, dial
+from orion_iscsifs.initiator.sources import Source
 from orion_iscsifs.protocol.pdu import LoginRequest
 from tests.initiator.peer import ISID, OFFER, TARGET, PlayedConnection, PlayedTarget
 
@@ -47,7 +48,8 @@ class Network:
         self.started: dict[Address, float] = {}
         self.sockets: list[socket.socket] = []
 
-    async def connect(self, address: Address) -> socket.socket:
+    async def connect(self, address: Address, source: Source | None) -> socket.socket:
+        assert source is None
         self.started[address] = trio.current_time()
         delay_s, code = self.answers[address]
         await trio.sleep(delay_s)

@@ -56,7 +56,7 @@ async def test_silent_portals_are_waited_for_together(monkeypatch: pytest.Monkey
     """Pain 22: ten of them cost what one costs."""
     monkeypatch.setattr("orion_iscsifs.initiator.reach._LOOK_TIMEOUT_S", 0.3)
 
-    async def silence(_portal: Portal) -> None:
+    async def silence(_portal: Portal, _bind: str | None) -> None:
         await trio.sleep_forever()
 
     monkeypatch.setattr("orion_iscsifs.initiator.reach.resolve", silence)
