@@ -9,8 +9,10 @@ from orion_iscsifs.errors import OrionError
 from orion_iscsifs.scsi import alua, sense
 from orion_iscsifs.scsi import cdb as cdbs
 from orion_iscsifs.scsi.cdb import OpCode, ServiceAction
-from orion_iscsifs.target import access, commands, inquiries
+from orion_iscsifs.scsi.reservation import InAction
+from orion_iscsifs.target import access, commands, inquiries, reserving
 from orion_iscsifs.target.commands import Result
+from orion_iscsifs.target.reservations import RESERVE_OUT_ACTIONS
 from orion_iscsifs.target.unit import (
     LogicalUnit,
     Outcome,
@@ -137,6 +139,19 @@ COMMANDS: Final[dict[int, Command]] = {
         commands.unmap, "ff00000000001fffff00", commands.unmap_length, writes=True
     ),
     OpCode.MODE_SENSE_10: Command(inquiries.mode_sense, "ff18ffff000000ffff00"),
+    OpCode.PERSISTENT_RESERVE_IN: Command(
+        None,
+        "ff1f0000000000ffff00",
+        service_actions=tuple(InAction),
+        of_nexus=reserving.reserve_in,
+    ),
+    OpCode.PERSISTENT_RESERVE_OUT: Command(
+        None,
+        "ff1fff0000ffffffff00",
+        reserving.parameters_length,
+        service_actions=RESERVE_OUT_ACTIONS,
+        of_nexus=reserving.reserve_out,
+    ),
     OpCode.READ_16: Command(commands.read, _16),
     OpCode.COMPARE_AND_WRITE: Command(
         commands.compare_and_write,

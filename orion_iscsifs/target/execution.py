@@ -26,6 +26,7 @@ from orion_iscsifs.target.access import Access
 from orion_iscsifs.target.answers import answers
 from orion_iscsifs.target.catalog import data_out_length, execute, execute_without_unit
 from orion_iscsifs.target.mischief import answer_wrongly, arrive_wrongly, misbehave, send_r2t
+from orion_iscsifs.target.reserving import CONFLICT
 from orion_iscsifs.target.tasks import Recovery, Task
 from orion_iscsifs.target.unit import LogicalUnit, Outcome, check_condition
 
@@ -134,9 +135,13 @@ class Execution:
         self._stats.commands[opcode] += 1
         task.delivered = True
         unit = task.unit
-        if self._access.restricted and unit is not None:
-            refusal = self._access.refuses(self._session.portal_group_tag, pdu.cdb)
-            task.failure = refusal or task.failure
+        if unit is not None:
+            reservations = unit.reservations
+            if reservations.kind and reservations.conflicts(self._session.nexus, pdu.cdb):
+                task.failure = CONFLICT
+            if self._access.restricted:
+                refusal = self._access.refuses(self._session.portal_group_tag, pdu.cdb)
+                task.failure = refusal or task.failure
         if self.attentions:
             self._attend(task, opcode)
         if self._faults:

@@ -119,6 +119,11 @@ class Target:
         await unit.settle()
         return unit.device
 
+    def lose_power(self) -> None:
+        """Between a stop and a start: no session is left."""
+        for unit in self.units.by_number.values():
+            unit.reservations.lose_power()
+
     def _access_changed(self, but: "Session | None") -> None:
         for number in self.units.by_number:
             self.announce(number, STATE_CHANGED, but=but)

@@ -98,7 +98,12 @@ class Running:
         await self._idle.wait()
 
     async def start(self) -> None:
-        """Open the portals (again); raises UsageError for an address that can't be bound."""
+        """Open the portals (again); raises UsageError for an address that can't be bound.
+
+        It is as after a loss of power: what is kept through that is kept.
+        """
+        for target in self.targets:
+            target.lose_power()
         for index, address in enumerate(self.portals):
             group = self.portal_groups[index]
             listener = await listen(Portal(*address, group))

@@ -14,6 +14,7 @@ from orion_iscsifs.scsi.capacity import Capacity
 from orion_iscsifs.scsi.lun import decode_lun, encode_lun
 from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status
 from orion_iscsifs.target.backing import InlineDevice, ThresholdDevice
+from orion_iscsifs.target.reservations import Reservations
 
 MODE_PARAMETERS_CHANGED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x2A, 0x01)
 INQUIRY_DATA_CHANGED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x3F, 0x03)
@@ -78,6 +79,7 @@ class LogicalUnit:
     running: int = 0
     """Commands of any session that the device is carrying out in a task of their own."""
     removed: bool = False
+    reservations: Reservations = field(default_factory=Reservations)
     inline: InlineDevice | None = field(init=False)
     serial: str = field(init=False)
     naa: bytes = field(init=False)

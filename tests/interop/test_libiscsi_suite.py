@@ -28,6 +28,8 @@ CLAIMED: Final = (
     *("ReadCapacity16", "ReportSupportedOpcodes", "TestUnitReady", "Unmap"),
     *("Verify10", "Verify12", "Verify16", "Write10", "Write12", "Write16"),
     *("WriteSame10", "WriteSame16", "WriteVerify10", "WriteVerify12", "WriteVerify16"),
+    *("PrinReadKeys", "PrinServiceactionRange", "PrinReportCapabilities"),
+    *("ProutRegister", "ProutReserve", "ProutClear", "ProutPreempt"),
     *("iSCSIcmdsn", "iSCSIdatasn", "iSCSIResiduals", "iSCSITMF"),
 )
 """Families that run on every writable LUN."""
@@ -35,7 +37,6 @@ CLAIMED: Final = (
 ONCE: Final = {"MultipathIO": "512", "ReadOnly": "read-only"}
 """Families that need something special, and the LUN that has it."""
 
-_RESERVATIONS: Final = "the embedded target has no persistent reservations"
 _NOT_REMOVABLE: Final = "is about removable media; the embedded target's disks are not removable"
 _COPY: Final = "the embedded target does not copy by itself (EXTENDED COPY)"
 _DEFECTS: Final = "files and memory have no defect list"
@@ -47,13 +48,6 @@ SKIPPED: Final[dict[str, str]] = {
     "NoMedia": _NOT_REMOVABLE,
     "PreventAllow": _NOT_REMOVABLE,
     "StartStopUnit": _NOT_REMOVABLE,
-    "PrinReadKeys": _RESERVATIONS,
-    "PrinServiceactionRange": _RESERVATIONS,
-    "PrinReportCapabilities": _RESERVATIONS,
-    "ProutRegister": _RESERVATIONS,
-    "ProutReserve": _RESERVATIONS,
-    "ProutClear": _RESERVATIONS,
-    "ProutPreempt": _RESERVATIONS,
     "ReadDefectData10": _DEFECTS,
     "ReadDefectData12": _DEFECTS,
     "Reserve6": "RESERVE(6) is obsolete since SPC-3",
