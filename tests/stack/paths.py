@@ -8,7 +8,15 @@ from typing import Any
 import trio
 
 from orion_iscsifs.block.device import BlockDevice
-from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig, MultipathConfig, SessionConfig
+from orion_iscsifs.config import (
+    CacheConfig,
+    CacheMode,
+    MountConfig,
+    MultipathConfig,
+    ReserveConfig,
+    ReserveMode,
+    SessionConfig,
+)
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.target import Portal, RamDevice, Running, TargetConfig, serve
 from orion_iscsifs.testing.netsim import TcpProxy
@@ -46,7 +54,13 @@ async def two_paths(groups: Sequence[int] = (1, 2)) -> AsyncIterator[Paths]:
                     proxy.close()
 
 
-def mount(paths: Paths, *, session: dict[str, Any] | None = None, **multipath: Any) -> MountConfig:
+def mount(
+    paths: Paths,
+    *,
+    session: dict[str, Any] | None = None,
+    reserve: ReserveMode = ReserveMode.AUTO,
+    **multipath: Any,
+) -> MountConfig:
     """Over all proxies, without a cache; time-outs are short."""
     further = tuple(proxy.portal for proxy in paths.proxies[1:])
     return MountConfig(
@@ -61,15 +75,15 @@ def mount(paths: Paths, *, session: dict[str, Any] | None = None, **multipath: A
             }
         ),
         multipath=MultipathConfig(**{"portals": further, **multipath}),
+        reserve=ReserveConfig(mode=reserve),
         cache=CacheConfig(mode=CacheMode.NONE),
     )
 
 
 @asynccontextmanager
-async def mounted(
-    paths: Paths, *, session: dict[str, Any] | None = None, **multipath: Any
-) -> AsyncIterator[tuple[Stack, BlockDevice]]:
-    config = mount(paths, session=session, **multipath)
+async def mounted(paths: Paths, **options: Any) -> AsyncIterator[tuple[Stack, BlockDevice]]:
+    """`options` as `mount` takes them."""
+    config = mount(paths, **options)
     async with open_stack(parse(paths.url()), config) as stack:
         yield stack, stack.files["lun1"]
 

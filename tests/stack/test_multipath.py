@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from orion_iscsifs.block.device import BlockDevice
-from orion_iscsifs.config import PathPolicy
+from orion_iscsifs.config import PathPolicy, ReserveMode
 from orion_iscsifs.errors import OrionError, ReplacementTimedOut
 from orion_iscsifs.multipath.paths import PathRecord
 from orion_iscsifs.scsi.alua import AccessState
@@ -97,14 +97,14 @@ async def test_data_stay_right_while_paths_come_and_go(groups: tuple[int, int]) 
             assert bytes(paths.disk.view[number << 20 : (number + 1) << 20]) == model
 
 
-async def _late_write(groups: tuple[int, int]) -> bytes:
+async def _late_write(groups: tuple[int, int], reserve: ReserveMode = ReserveMode.OFF) -> bytes:
     """A write is caught on the way, its path is lost, a newer one is made; then the first arrives.
 
     What the disk holds in the end.
     """
     async with (
         two_paths(groups) as paths,
-        mounted(paths, policy=PathPolicy.FAILOVER) as (stack, lun),
+        mounted(paths, policy=PathPolicy.FAILOVER, reserve=reserve) as (stack, lun),
     ):
         await until(stack, *BOTH)
         first, second = paths.proxies
@@ -133,9 +133,12 @@ async def _late_write(groups: tuple[int, int]) -> bytes:
         return bytes(paths.disk.view[:4096])
 
 
+@pytest.mark.parametrize("reserve", [ReserveMode.OFF, ReserveMode.AUTO])
 @pytest.mark.parametrize("groups", [(1, 1), (1, 2)])
-async def test_a_late_write_does_not_overtake_a_newer_one(groups: tuple[int, int]) -> None:
-    assert await _late_write(groups) == b"2" * 4096
+async def test_a_late_write_does_not_overtake_a_newer_one(
+    groups: tuple[int, int], reserve: ReserveMode
+) -> None:
+    assert await _late_write(groups, reserve) == b"2" * 4096
 
 
 async def test_without_the_proof_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +162,31 @@ async def test_in_one_portal_group_a_lost_session_is_ended_over_the_other_path()
         await until(stack, *BOTH)
 
 
-async def test_in_another_portal_group_the_write_waits_for_its_own_path() -> None:
+async def test_in_another_portal_group_the_reservation_ends_the_lost_session() -> None:
+    """PREEMPT AND ABORT of the lost path's registration; it registers again when it is back."""
+    async with two_paths() as paths, mounted(paths, policy=PathPolicy.FAILOVER) as (stack, lun):
+        await until(stack, *BOTH)
+        reservations = paths.running.targets[0].units.by_number[1].reservations
+        assert len(reservations.keys) == 2
+        paths.proxies[0].stall()
+        with trio.fail_after(5):
+            await lun.write(0, b"1" * 4096)
+        assert states(stack) == ["failed", "active"]
+        assert len(reservations.keys) == 1
+        paths.proxies[0].flow()
+        await until(stack, *BOTH)
+        await lun.write(0, b"2" * 4096)
+        assert len(reservations.keys) == 2
+        assert stack.status()["luns"][0]["reservation"]["state"] == "held"
+        paths.proxies[0].refuse()
+        await until(stack, "failed", "active")
+    assert not reservations.keys, "also those of paths that are lost"
+
+
+async def test_without_any_proof_the_write_waits_for_its_own_path() -> None:
     async with (
-        two_paths((1, 2)) as paths,
-        mounted(paths, policy=PathPolicy.FAILOVER) as (stack, lun),
+        two_paths() as paths,
+        mounted(paths, policy=PathPolicy.FAILOVER, reserve=ReserveMode.OFF) as (stack, lun),
     ):
         await until(stack, *BOTH)
         paths.proxies[0].stall()
