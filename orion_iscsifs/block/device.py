@@ -44,12 +44,20 @@ class Geometry:
     size_bytes: int
     logical_block_bytes: int = 512
     physical_block_bytes: int = 4096
+    alignment_bytes: int = 0
+    """Offset of the first physical block: LOWEST ALIGNED LOGICAL BLOCK ADDRESS (SBC-3 §5.16.2)."""
     optimal_transfer_bytes: int = 1 << 20
     """Best length of one large request."""
     transfer_bytes_max: int = 0
     """Longest request that the device takes as one command; longer ones are split below. 0: any."""
     discard_granularity_bytes: int = 0
-    """0: `discard` is not supported (it then does nothing)."""
+    """0: `discard` is not supported (it then does nothing). Only whole granules are discarded:
+    OPTIMAL UNMAP GRANULARITY (SBC-3 §6.6.4)."""
+    discard_alignment_bytes: int = 0
+    """Offset of the first granule: UNMAP GRANULARITY ALIGNMENT (SBC-3 §6.6.4)."""
+    zeroes_after_discard: bool = False
+    """What has been unmapped reads as zeroes (LBPRZ: SBC-3 §5.16.2, §6.6.7), so `write_zeroes` may
+    give the space back. `discard` alone promises no zeroes: the device may ignore it."""
     read_only: bool = False
     write_cache: bool = True
     """The device has a volatile write cache: `flush` costs something and is needed."""

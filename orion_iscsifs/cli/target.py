@@ -235,7 +235,7 @@ async def _serve(
         units: dict[int, BlockDevice] = {}
         for option in options:
             units[option.number] = await stack.enter_async_context(_device(option))
-        config = TargetConfig(iqn=iqn, units=units, chap=chap)
+        config = TargetConfig(iqn=iqn, units=units, chap=chap, lasting_reservations=False)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             running = await stack.enter_async_context(serve([config], portals, limits=limits))
             click.echo(f"ready {running.url()}")

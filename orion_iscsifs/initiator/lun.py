@@ -7,30 +7,51 @@ it would destroy somebody else's.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, Self
 
 import trio
 
 from orion_iscsifs.block.device import Buffer, Geometry, GeometryListener, check_request
+from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.errors import DeviceError, NotSupported, PathInaccessible, WriteProtected
 from orion_iscsifs.initiator.commands import SYNCHRONIZE_PATIENCE, LogicalUnit
 from orion_iscsifs.initiator.probe import LunInfo, probe
 from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.initiator.zeroing import Zeroing
 from orion_iscsifs.scsi import cdb
 from orion_iscsifs.scsi.lun import encode_lun
-from orion_iscsifs.scsi.provisioning import encode_unmap
 from orion_iscsifs.scsi.sense import SenseData, Status
 from orion_iscsifs.scsi.verdict import Action, judge
 
 log = logging.getLogger(__name__)
 
-_ZERO_BYTES_MAX: Final = 1 << 20
+ZERO_RUN_BYTES_MIN: Final = 64 << 10
+"""Shorter runs of zeroes are not looked for: a command costs more than they do."""
+_ZERO_RUN: Final = bytes(ZERO_RUN_BYTES_MIN)
+_PROBE_BYTES: Final = 8
+_NOTHING: Final = bytes(_PROBE_BYTES)
 _SETTLE_S: Final = 5.0
 _SETTLE_STEP_S: Final = 0.25
 """How long, and how often, a LUN that is missing after a new login is asked for."""
-_UNMAP_BLOCKS_MAX: Final = 1 << 22
-"""Our own limit for one UNMAP when the device states none."""
+
+
+def runs_of_zeroes(data: memoryview) -> list[Range]:
+    """The whole stretches of `ZERO_RUN_BYTES_MIN` that are zero, joined, as ranges of `data`."""
+    runs: list[Range] = []
+    size = ZERO_RUN_BYTES_MIN
+    for start in range(0, len(data) - size + 1, size):
+        end = start + size
+        # Nearly all data differ from zeroes at one of the ends: the whole is looked at seldom.
+        if data[start : start + _PROBE_BYTES] != _NOTHING:
+            continue
+        if data[end - _PROBE_BYTES : end] != _NOTHING or bytes(data[start:end]) != _ZERO_RUN:
+            continue
+        if runs and runs[-1][1] == start:
+            runs[-1] = runs[-1][0], end
+        else:
+            runs.append((start, end))
+    return runs
 
 
 class AnotherDisk(DeviceError):
@@ -47,6 +68,7 @@ class LunDevice:
         self._synchronizes = True
         self.write_guard: Callable[[], Awaitable[None]] | None = None
         """Awaited before each change of the medium, while it is in doubt whether it is ours."""
+        self._zeroing = Zeroing(unit, info)
         self._take(info)
         unit.in_use = True
         unit.reread_limits = self._reread
@@ -64,6 +86,9 @@ class LunDevice:
         self.info = info
         self._geometry = info.geometry(read_only=self._read_only)
         self._shift = info.capacity.block_bytes.bit_length() - 1
+        self._alignment_bytes = info.transfer_alignment_bytes
+        self._first_aligned_bytes = info.capacity.lowest_aligned_lba << self._shift
+        self._zeroing.take(info)
 
     @property
     def unit(self) -> LogicalUnit:
@@ -111,10 +136,20 @@ class LunDevice:
             command = cdb.read(offset >> shift, length >> shift)
             await self._unit.read_exactly("READ", command, target)
             return
-        for start in range(0, length, step):
-            part = target[start : start + step]
-            command = cdb.read((offset + start) >> shift, len(part) >> shift)
+        for start, end in self._parts(offset, length):
+            part = target[start - offset : end - offset]
+            command = cdb.read(start >> shift, len(part) >> shift)
             await self._unit.read_exactly("READ", command, part)
+
+    def _parts(self, offset: int, length: int) -> Iterator[Range]:
+        """A long transfer in as many commands as it takes, cut where the device likes it."""
+        step, end = self._geometry.transfer_bytes_max, offset + length
+        over = (offset - self._first_aligned_bytes) % self._alignment_bytes
+        size = step - (over + step) % self._alignment_bytes
+        while offset < end:
+            yield offset, min(offset + size, end)
+            offset += size
+            size = step - step % self._alignment_bytes
 
     async def write(self, offset: int, source: Buffer, *, fua: bool = False) -> None:
         data = memoryview(source)
@@ -122,15 +157,39 @@ class LunDevice:
         if self.write_guard is not None:
             await self.write_guard()
         fua = fua and self._geometry.write_cache
-        step = self._geometry.transfer_bytes_max
-        shift = self._shift
         bit = fua and self.info.mode.dpofua
-        for start in range(0, len(data), step):
-            part = data[start : start + step]
-            command = cdb.write((offset + start) >> shift, len(part) >> shift, fua=bit)
-            await self._unit.write("WRITE", command, part)
+        if len(data) >= ZERO_RUN_BYTES_MIN and self._zeroing.is_cheap and runs_of_zeroes(data):
+            await self._write_sparsely(offset, data, fua=bit)
+            bit = False
+        else:
+            await self._write(offset, data, fua=bit)
         if fua and not bit:
             await self.flush()
+
+    async def _write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        shift, length = self._shift, len(data)
+        if 0 < length <= self._geometry.transfer_bytes_max:
+            command = cdb.write(offset >> shift, length >> shift, fua=fua)
+            await self._unit.write("WRITE", command, data)
+            return
+        for start, end in self._parts(offset, length):
+            part = data[start - offset : end - offset]
+            command = cdb.write(start >> shift, len(part) >> shift, fua=fua)
+            await self._unit.write("WRITE", command, part)
+
+    async def _write_sparsely(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """The runs of zeroes are sent as such: they take no space there, and no time on the way."""
+        position = 0
+        for start, end in [*runs_of_zeroes(data), (len(data), len(data))]:
+            if position < start:
+                await self._write(offset + position, data[position:start], fua=fua)
+            if start < end:
+                await self._zero(offset + start, offset + end, may_unmap=True)
+            position = end
+
+    async def _zero(self, start: int, end: int, *, may_unmap: bool) -> None:
+        shift = self._shift
+        await self._zeroing.zero(start >> shift, end >> shift, self._write, may_unmap=may_unmap)
 
     async def flush(self) -> None:
         if not self._geometry.write_cache or not self._synchronizes or self._geometry.read_only:
@@ -155,22 +214,13 @@ class LunDevice:
         self._check_write(offset, length)
         if self.write_guard is not None:
             await self.write_guard()
-        granularity = self._geometry.discard_granularity_bytes
-        if not granularity:
-            return
-        start = -(-offset // granularity) * granularity >> self._shift
-        end = (offset + length) // granularity * granularity >> self._shift
-        step = min(self.info.limits.unmap_blocks_max or _UNMAP_BLOCKS_MAX, _UNMAP_BLOCKS_MAX)
-        for lba in range(start, end, step):
-            parameters = encode_unmap([(lba, min(step, end - lba))])
-            await self._unit.write("UNMAP", cdb.unmap(len(parameters)), memoryview(parameters))
+        await self._zeroing.discard(offset >> self._shift, (offset + length) >> self._shift)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         self._check_write(offset, length)
-        zeroes = memoryview(bytes(min(length, _ZERO_BYTES_MAX)))
-        for start in range(0, length, _ZERO_BYTES_MAX):
-            part = zeroes[: length - start]
-            await self.write(offset + start, part)
+        if self.write_guard is not None:
+            await self.write_guard()
+        await self._zero(offset, offset + length, may_unmap=may_unmap)
 
     def _check_write(self, offset: int, length: int) -> None:
         if self._geometry.read_only:

@@ -18,6 +18,7 @@ from orion_iscsifs.scsi.inquiry import (
 )
 from orion_iscsifs.scsi.lun import decode_lun, decode_report_luns, report_luns_length
 from orion_iscsifs.scsi.mode import ModeParameters
+from orion_iscsifs.scsi.provisioning import Form, Granules
 
 TRANSFER_BYTES_MAX: Final = 1 << 20
 """Our own limit for one READ or WRITE when the device states none or a larger one."""
@@ -52,23 +53,61 @@ class LunInfo:
     def transfer_bytes_max(self) -> int:
         """Longest READ or WRITE: the device's limit, or ours."""
         stated = self.limits.transfer_blocks_max * self.capacity.block_bytes
-        return min(stated or TRANSFER_BYTES_MAX, TRANSFER_BYTES_MAX)
+        most = min(stated or TRANSFER_BYTES_MAX, TRANSFER_BYTES_MAX)
+        return most - most % self.capacity.block_bytes
 
     @property
-    def can_unmap(self) -> bool:
-        return self.capacity.provisioning and self.provisioning.unmap
+    def transfer_alignment_bytes(self) -> int:
+        """Parts of a long transfer begin at multiples of this, counted from the start of the first
+        aligned physical block (SBC-3 §4.6): the device's OPTIMAL TRANSFER LENGTH GRANULARITY."""
+        granularity = self.limits.optimal_transfer_granularity * self.capacity.block_bytes
+        aligned = max(granularity, self.capacity.physical_block_bytes)
+        return aligned if aligned <= self.transfer_bytes_max else self.capacity.block_bytes
+
+    @property
+    def granules(self) -> Granules:
+        return Granules.of(self.limits.optimal_unmap_granularity, self.limits.unmap_alignment)
+
+    @property
+    def reads_zeroes(self) -> bool:
+        """LBPRZ: what is unmapped reads as zeroes."""
+        return self.capacity.reads_zeroes or self.provisioning.reads_zeroes
+
+    @property
+    def _fits_10(self) -> bool:
+        return self.capacity.blocks <= 1 << 32
+
+    def discard_forms(self) -> list[Form]:
+        """The commands that the device says it takes, the best first."""
+        said, fits = self.provisioning, self._fits_10
+        if not self.capacity.provisioning:
+            return []
+        forms = {
+            Form.UNMAP: said.unmap,
+            Form.WRITE_SAME_16_UNMAP: said.write_same_16_unmap,
+            Form.WRITE_SAME_10_UNMAP: said.write_same_10_unmap and fits,
+        }
+        return [form for form, takes in forms.items() if takes]
+
+    def zero_forms(self) -> list[Form]:
+        """The same for zeroes that can be relied on."""
+        unmapping = [form for form in self.discard_forms() if form is not Form.UNMAP]
+        if not (self.limits.write_same_blocks_max or unmapping):
+            return []  # Nothing says that it has WRITE SAME at all.
+        plain = [Form.WRITE_SAME_16] + [Form.WRITE_SAME_10] * self._fits_10
+        return (unmapping if self.reads_zeroes else []) + plain
 
     def geometry(self, *, read_only: bool) -> Geometry:
         block = self.capacity.block_bytes
         optimal = self.limits.optimal_transfer_blocks * block
-        granularity = max(self.limits.optimal_unmap_granularity, 1) * block
+        granularity = self.granules.blocks * block
         return Geometry(
             size_bytes=self.capacity.size_bytes,
             logical_block_bytes=block,
             physical_block_bytes=self.capacity.physical_block_bytes,
             optimal_transfer_bytes=min(optimal or TRANSFER_BYTES_MAX, self.transfer_bytes_max),
             transfer_bytes_max=self.transfer_bytes_max,
-            discard_granularity_bytes=granularity if self.can_unmap else 0,
+            discard_granularity_bytes=granularity if self.discard_forms() else 0,
             read_only=read_only or self.mode.write_protected or self.mode.software_write_protect,
             write_cache=self.mode.write_cache,
         )

@@ -117,6 +117,13 @@ def write_same(lba: int, blocks: int, *, unmap: bool = False, no_data_out: bool 
     """WRITE SAME(10) or (16). `no_data_out` (NDOB, zeroes without a data buffer) exists in 16."""
     if not no_data_out and 0 < blocks <= _BLOCKS_10_MAX and lba <= _LBA_10_MAX:
         return _TRANSFER_10.pack(OpCode.WRITE_SAME_10, unmap << 3, lba, blocks)
+    return write_same_16(lba, blocks, unmap=unmap, no_data_out=no_data_out)
+
+
+def write_same_16(
+    lba: int, blocks: int, *, unmap: bool = False, no_data_out: bool = False
+) -> bytes:
+    """WRITE SAME(16), however few the blocks: a device may have the one and not the other."""
     return _TRANSFER_16.pack(OpCode.WRITE_SAME_16, unmap << 3 | no_data_out, lba, blocks)
 
 

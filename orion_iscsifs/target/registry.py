@@ -60,7 +60,12 @@ class Target:
         self.config = config
         self.limits = limits
         self.faults = config.faults
-        self.units = Units(config.iqn, config.units, limits.transfer_bytes_max)
+        self.units = Units(
+            config.iqn,
+            config.units,
+            limits.transfer_bytes_max,
+            lasting_reservations=config.lasting_reservations,
+        )
         self.access = Access(groups, self._access_changed)
         self.sessions: dict[tuple[str, bytes, int], Session] = {}
         self.stats = stats

@@ -37,7 +37,6 @@ REGISTRATIONS_PREEMPTED: Final = SenseData(SenseKey.UNIT_ATTENTION, 0x2A, 0x05)
 INVALID_RELEASE: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x26, 0x04)
 INSUFFICIENT_REGISTRATION_RESOURCES: Final = SenseData(SenseKey.ILLEGAL_REQUEST, 0x55, 0x04)
 
-CAPABILITIES: Final = Capabilities(types=frozenset(ReservationType), persist_capable=True)
 REGISTRATIONS_MAX: Final = 4096
 """Of one unit: an initiator with many ISIDs must not use up the memory."""
 _GENERATION_MASK: Final = 0xFFFF_FFFF
@@ -137,6 +136,8 @@ class Reservations:
         self.keys: dict[Nexus, int] = {}
         """In the order of registration."""
         self.generation = 0
+        self.lasting = True
+        """APTPL is supported."""
         self.persists = False
         """APTPL of the last registration."""
         self.kind: ReservationType | None = None
@@ -170,6 +171,14 @@ class Reservations:
             return None
         return Holder(0 if self._holder is None else self.keys[self._holder], self.kind)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            types=frozenset(ReservationType),
+            persist_capable=self.lasting,
+            persist_active=self.persists,
+        )
+
     def registrations(self, port_of: Callable[[int], int]) -> Iterator[Registration]:
         """As READ FULL STATUS tells them; `port_of` gives the relative target port of a group."""
         for nexus, key in self.keys.items():
@@ -196,7 +205,8 @@ class Reservations:
         action = _ACTIONS.get(command.action)
         if action is None:
             raise Unacceptable(sense.INVALID_FIELD_IN_CDB)
-        if parameters.all_target_ports or parameters.specify_initiator_ports:
+        unsupported = parameters.all_target_ports or parameters.specify_initiator_ports
+        if unsupported or (parameters.aptpl and not self.lasting):
             raise Unacceptable(sense.INVALID_FIELD_IN_PARAMETER_LIST)
         if command.action != OutAction.REGISTER_AND_IGNORE_EXISTING_KEY:
             registered = self.keys.get(nexus)

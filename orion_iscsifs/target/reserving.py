@@ -1,6 +1,5 @@
 """PERSISTENT RESERVE IN and OUT: the commands around `reservations` (SPC-4 §6.15, §6.16)."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -11,7 +10,7 @@ from orion_iscsifs.scsi import sense
 from orion_iscsifs.scsi.reservation import InAction, Keys, Reservation
 from orion_iscsifs.scsi.sense import Status
 from orion_iscsifs.target.access import access_of
-from orion_iscsifs.target.reservations import CAPABILITIES, Conflict, Effects, Unacceptable
+from orion_iscsifs.target.reservations import Conflict, Effects, Unacceptable
 from orion_iscsifs.target.unit import GOOD, LogicalUnit, Outcome, Refused
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def reserve_in(session: "Session", unit: LogicalUnit, cdb: bytes, _data: Buffer)
     elif asked.action == InAction.READ_RESERVATION:
         data = codec.encode_reservation(Reservation(state.generation, state.holder))
     elif asked.action == InAction.REPORT_CAPABILITIES:
-        data = codec.encode_capabilities(replace(CAPABILITIES, persist_active=state.persists))
+        data = codec.encode_capabilities(state.capabilities)
     elif asked.action == InAction.READ_FULL_STATUS:
         found = state.registrations(access_of(session).port)
         data = codec.encode_full_status(state.generation, found)

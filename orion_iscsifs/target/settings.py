@@ -72,6 +72,9 @@ class TargetConfig:
     login_faults: LoginFaults = field(default_factory=LoginFaults)
     initiators: frozenset[str] | None = None
     """Names of the initiators that may log in; None: any."""
+    lasting_reservations: bool = True
+    """Persistent reservations last through `Running.restart` where the initiator wants that
+    (APTPL). They are in memory: a target whose process is restarted must not promise it."""
 
     def admits(self, initiator_name: str) -> bool:
         return self.initiators is None or initiator_name in self.initiators

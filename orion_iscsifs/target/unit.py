@@ -158,8 +158,14 @@ class Units:
     """The logical units of one target, found by their 64-bit LUN."""
 
     def __init__(
-        self, target_name: str, devices: Mapping[int, BlockDevice], transfer_bytes_max: int
+        self,
+        target_name: str,
+        devices: Mapping[int, BlockDevice],
+        transfer_bytes_max: int,
+        *,
+        lasting_reservations: bool = False,
     ) -> None:
+        self._lasting_reservations = lasting_reservations
         self._target_name = target_name
         self._transfer_bytes_max = transfer_bytes_max
         self.listeners: list[AttentionListener] = []
@@ -175,6 +181,7 @@ class Units:
         unit = LogicalUnit(
             number, self._target_name, device, self._transfer_bytes_max, self, identity
         )
+        unit.reservations.lasting = self._lasting_reservations
         self._luns_changed()
         self.by_number = dict(sorted({**self.by_number, number: unit}.items()))
         self._by_lun[encode_lun(number)] = unit

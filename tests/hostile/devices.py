@@ -144,6 +144,8 @@ class _Liar:
     def __init__(self, draw: Draw) -> None:
         self._draw = draw
         self.commands = 0
+        self.is_one_of_several = False
+        self.queue_depth = 32
         self.nexus = SimpleNamespace(config=SimpleNamespace(command_timeout_s=30.0))
 
     async def execute(self, task: Task) -> None:

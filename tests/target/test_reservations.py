@@ -256,6 +256,17 @@ def test_a_loss_of_power(aptpl: bool) -> None:
     assert (state.keys, state.kind) == (({A: 0xA}, WE_RO) if aptpl else ({}, None))
 
 
+def test_what_would_not_last_is_not_promised() -> None:
+    state = Reservations()
+    assert state.capabilities.persist_capable
+    state.lasting = False
+    assert not state.capabilities.persist_capable
+    with pytest.raises(Unacceptable, match="parameter list"):
+        do(state, A, OutAction.REGISTER, 0, 0xA, aptpl=True)
+    do(state, A, OutAction.REGISTER, 0, 0xA)
+    assert not state.capabilities.persist_active
+
+
 ACTIONS = st.tuples(
     st.sampled_from([A, B, C]),
     st.sampled_from(OutAction),
