@@ -119,7 +119,8 @@ class Running:
     # -- connections --------------------------------------------------------------------------
 
     async def _accept(self, listener: socket.socket, group: int) -> None:
-        while True:
+        # It may have been closed before this task has run for the first time.
+        while listener.fileno() >= 0:
             try:
                 await trio.lowlevel.wait_readable(listener)
                 sock, _ = listener.accept()
