@@ -23,7 +23,12 @@ from orion_iscsifs.scsi import cdb
 from orion_iscsifs.scsi.cdb import OpCode
 from orion_iscsifs.scsi.provisioning import Form, encode_unmap
 from orion_iscsifs.scsi.sense import SenseKey
-from orion_iscsifs.scsi.support import SUPPORT_BYTES, Support, decode_support
+from orion_iscsifs.scsi.support import (
+    ONE_COMMAND_BYTES,
+    UNKNOWN,
+    SupportedCommand,
+    decode_one_command,
+)
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +111,8 @@ class Zeroing:
 
     async def _write_same(self, form: Form, lba: int, blocks: int) -> None:
         if form in _OF_16_BYTES and self._ndob is None:
-            self._ndob = (await self._asked(OpCode.WRITE_SAME_16)).knows(_NDOB_BYTE, _NDOB_BIT)
+            answer = await self._asked(OpCode.WRITE_SAME_16)
+            self._ndob = answer.looks_at(_NDOB_BYTE, _NDOB_BIT)
         unmap = form in _WITH_UNMAP
         if form in _OF_16_BYTES:
             ndob = bool(self._ndob)
@@ -114,22 +120,22 @@ class Zeroing:
         else:
             ndob = False
             command = cdb.write_same(lba, blocks, unmap=unmap)
-        if ndob:
-            await self._unit.command(form.value, command)
-        else:
-            await self._unit.send(form.value, command, bytes(self._block_bytes))
+        # Without data it is a write all the same (the W bit): what is cancelled or fenced has to
+        # wait for it, as for any other command that changes the medium.
+        data = b"" if ndob else bytes(self._block_bytes)
+        await self._unit.send(form.value, command, data)
 
-    async def _asked(self, opcode: int) -> Support:
+    async def _asked(self, opcode: int) -> SupportedCommand:
         """A device that can't tell has told nothing."""
-        buffer = bytearray(SUPPORT_BYTES)
+        buffer = bytearray(ONE_COMMAND_BYTES)
         command = cdb.report_supported_operation_codes(opcode, allocation_length=len(buffer))
         try:
             count = await self._unit.read(
                 "REPORT SUPPORTED OPERATION CODES", command, memoryview(buffer)
             )
         except DeviceError:
-            return Support(supported=False)
-        return decode_support(bytes(buffer[:count]))
+            return UNKNOWN
+        return decode_one_command(bytes(buffer[:count]), opcode)
 
     def _blocks_max(self, form: Form) -> int:
         limits = self._info.limits

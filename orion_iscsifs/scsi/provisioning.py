@@ -35,83 +35,6 @@ def decode_unmap(data: Buffer) -> list[tuple[int, int]]:
     ]
 
 
-# -- planning --------------------------------------------------------------------------------------
-
-BLOCKS_MAX: Final = 0xFFFF_FFFF
-"""Of one descriptor, and of one WRITE SAME(16): its field has 32 bits."""
-_LIST_BYTES_MAX: Final = 0xFFFF - 1
-_DESCRIPTORS_MAX: Final = (_LIST_BYTES_MAX - HEADER_BYTES) // DESCRIPTOR_BYTES
-"""What the 16-bit lengths of one parameter list have room for."""
-
-Extent = tuple[int, int]
-"""First LBA and number of blocks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Granularity:
-    """The blocks that can be unmapped together: granules of `blocks`, one of them at `alignment`.
-
-    `alignment` is less than `blocks`.
-    """
-
-    blocks: int = 1
-    alignment: int = 0
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.alignment < self.blocks
-
-    def whole(self, lba: int, blocks: int) -> Extent:
-        """The whole granules inside the range; 0 blocks where there is none."""
-        unit, origin = self.blocks, self.alignment
-        start = lba + (origin - lba) % unit
-        end = lba + blocks - (lba + blocks - origin) % unit
-        return (start, end - start) if start < end else (lba, 0)
-
-
-def cut(extent: Extent, blocks_max: int, unit: int = 1, origin: int = 0) -> Iterator[Extent]:
-    """Pieces of at most `blocks_max`, in order, that together are `extent`.
-
-    Where one ends and the next begins is `origin` modulo `unit`, as far as `blocks_max` allows.
-    """
-    assert blocks_max > 0
-    lba, blocks = extent
-    end = lba + blocks
-    while lba < end:
-        stop = min(lba + blocks_max, end)
-        if stop < end:
-            aligned = stop - (stop - origin) % unit
-            stop = aligned if aligned > lba else stop
-        yield lba, stop - lba
-        lba = stop
-
-
-def plan_unmap(
-    extents: Iterable[Extent], granularity: Granularity, *, blocks_max: int, descriptors_max: int
-) -> Iterator[list[Extent]]:
-    """The descriptors of one UNMAP command after the other, for the whole granules of `extents`.
-
-    `blocks_max` (MAXIMUM UNMAP LBA COUNT) bounds the sum of one command's descriptors, and
-    `descriptors_max` (MAXIMUM UNMAP BLOCK DESCRIPTOR COUNT) their number; SBC-3 §6.6.4.
-    """
-    assert blocks_max > 0
-    assert descriptors_max > 0
-    descriptors_max = min(descriptors_max, _DESCRIPTORS_MAX)
-    command: list[Extent] = []
-    room = blocks_max
-    for extent in extents:
-        whole = granularity.whole(*extent)
-        pieces = cut(whole, min(blocks_max, BLOCKS_MAX), granularity.blocks, granularity.alignment)
-        for piece in pieces:
-            if len(command) == descriptors_max or piece[1] > room:
-                if command:
-                    yield command
-                command, room = [], blocks_max
-            command.append(piece)
-            room -= piece[1]
-    if command:
-        yield command
-
-
 # -- GET LBA STATUS --------------------------------------------------------------------------------
 
 
@@ -190,8 +113,10 @@ class Granules:
 
         A limit below one granule is kept to all the same: the device has asked for it.
         """
-        step = max(blocks_max // self.blocks * self.blocks, min(blocks_max, self.blocks))
         while start < end:
-            blocks = min(step, end - start)
-            yield start, blocks
-            start += blocks
+            stop = min(start + blocks_max, end)
+            if stop < end:
+                aligned = stop - (stop - self.alignment) % self.blocks
+                stop = aligned if aligned > start else stop
+            yield start, stop - start
+            start = stop
