@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _ANSWER_TIMEOUT_S: Final = 5.0
+_NUMBERS: Final = frozenset(
+    {"SIZE", "DIRTY", "ERRORS", "CONNECTIONS", "LEVEL", "IN FLIGHT", "P50 us", "P99 us"}
+)
 _ASKED_AT_ONCE_MAX: Final = 32
 
 
@@ -127,15 +130,20 @@ def _print(found: list[Status]) -> None:
         return
     luns = _table("MOUNTPOINT", "STATE", "LUN", "SIZE", "CACHE", "DIRTY", "ERRORS", "SOURCE")
     sessions = _table("TARGET", "PORTAL", "SESSION", "CONNECTIONS", "LEVEL")
+    paths = _table("LUN", "PATH", "STATE", "ALUA", "IN FLIGHT", "P50 us", "P99 us", "LAST ERROR")
     for mount in found:
         for lun in mount["luns"] or [{}]:
             luns.add_row(*_row(mount, lun))
         for session in mount["sessions"]:
             sessions.add_row(*_session_row(session))
+        if len(mount["paths"]) > len(mount["luns"]):
+            for path in mount["paths"]:
+                paths.add_row(*_path_row(path))
     out.print(luns)
-    if sessions.row_count:
-        out.print()
-        out.print(sessions)
+    for table in (sessions, paths):
+        if table.row_count:
+            out.print()
+            out.print(table)
     for mount in found:
         for session in mount["sessions"]:
             if session.get("state") != "logged-in" and session.get("last_error"):
@@ -147,7 +155,7 @@ def _table(*titles: str) -> "Table":
 
     table = Table(box=None, pad_edge=False)
     for title in titles:
-        right = title in {"SIZE", "DIRTY", "ERRORS", "CONNECTIONS", "LEVEL"}
+        right = title in _NUMBERS
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -161,6 +169,18 @@ def _session_row(session: Mapping[str, Any]) -> list[str]:
         _shown(session.get("state")),
         str(up),
         _shown(session.get("error_recovery_level")),
+    ]
+
+
+def _path_row(path: Mapping[str, Any]) -> list[str]:
+    latency = path.get("latency_us") or {}
+    facts = ("lun", "portal", "state", "alua", "in_flight")
+    shown = [_shown(path.get(fact)) for fact in facts]
+    return [
+        *shown,
+        _shown(latency.get("p50")),
+        _shown(latency.get("p99")),
+        path.get("last_error") or "",
     ]
 
 

@@ -38,6 +38,7 @@ SESSION_KEYS: Final = (
     "counters",
     "last_error",
 )
+PATH_KEYS: Final = ("lun", "portal", "state", "alua", "in_flight", "latency_us")
 _SEVERITY: Final = {"logged-in": 0, "recovering": 1, "failed": 2}
 
 
@@ -50,16 +51,16 @@ def mount_status(
     stack: Mapping[str, Any],
     kernel: Mapping[str, int | None] | None = None,
 ) -> Status:
-    """One entry of `mounts`. `state` None: what the sessions say. `source` is redacted."""
+    """One entry of `mounts`. `state` None: what the stack says. `source` is redacted."""
     sessions = [_complete(session, SESSION_KEYS) for session in stack.get("sessions", ())]
     return {
         "mountpoint": mountpoint,
         "source": source,
         "pid": pid,
-        "state": state or _state(sessions),
+        "state": state or stack.get("state") or _state(sessions),
         "luns": [_complete(lun, LUN_KEYS) for lun in stack.get("luns", ())],
         "sessions": sessions,
-        "paths": list(stack.get("paths", ())),
+        "paths": [_complete(path, PATH_KEYS) for path in stack.get("paths", ())],
         "kernel": dict(kernel or {}),
     }
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from orion_iscsifs.config import CacheMode
 from orion_iscsifs.initiator.connection import Connection
@@ -12,19 +12,19 @@ from orion_iscsifs.multipath.paths import path_status
 from orion_iscsifs.stack.unit import Unit
 from orion_iscsifs.stack.ways import Ways
 
+_SEVERITY: Final = {State.LOGGED_IN: 0, State.RECOVERING: 1, State.FAILED: 2, State.CLOSED: 2}
+_STATES: Final = ("ok", "recovering", "failed")
+
 
 def state(units: Iterable[Unit], sessions: Iterable[Session], ways: Iterable[Ways]) -> str:
-    """Of the whole mount, as bad as its worst LUN: a lost path matters if it is the last one."""
-    states = {session.state.value for session in sessions if not session.is_one_of_several}
-    joined = [unit.paths.device for unit in units if unit.paths is not None]
-    states |= {
-        "recovering" if device.is_held else "failed" for device in joined if not device.has_path
-    }
-    for worst in ("failed", "recovering"):
-        if worst in states:
-            return worst
-    degraded = any(device.is_degraded for device in joined) or any(one.missing for one in ways)
-    return "degraded" if degraded else "ok"
+    """Of the whole mount. What has several paths works as long as one of them does."""
+    devices = [unit.paths.device for unit in units if unit.paths is not None]
+    levels = [_SEVERITY[session.state] for session in sessions if not session.is_one_of_several]
+    levels += [0 if device.has_path else 1 if device.is_held else 2 for device in devices]
+    if levels and min(levels) > 0:
+        return _STATES[min(levels)]
+    lost = any(device.is_degraded for device in devices) or any(one.missing for one in ways)
+    return "degraded" if lost or any(levels) else "ok"
 
 
 def paths(unit: Unit, ways: Iterable[Ways]) -> list[dict[str, Any]]:
