@@ -20,6 +20,7 @@ import trio
 
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cli.report import Exit, Failed, orion_error
+from orion_iscsifs.cli.trimming import trim
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.config.places import create_private, runtime_dir
 from orion_iscsifs.config.render import to_toml
@@ -157,7 +158,8 @@ class Daemon:
         self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         operations = {"status": self._op_status, "flush": self._op_flush, "abandon": self._op_end}
-        await control.serve(path, operations, task_status=task_status)
+        operations_on = {"trim": self._op_trim}
+        await control.serve(path, operations, operations_on=operations_on, task_status=task_status)
 
     # -- ending ----------------------------------------------------------------------------------
 
@@ -259,6 +261,10 @@ class Daemon:
         if failure is not None:
             raise failure
         return {"dirty_bytes": dirty_bytes(self.status())}
+
+    async def _op_trim(self, request: control.Message, send: control.Send) -> control.Message:
+        read_only = self._config.fuse.read_only
+        return await trim(self._stack.files, request, send, read_only=read_only)
 
     async def _op_end(self, _send: control.Send) -> control.Message:
         lost = dirty_bytes(self.status())

@@ -8,6 +8,7 @@ it would destroy somebody else's.
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Final, Self
 
 import trio
@@ -84,11 +85,18 @@ class LunDevice:
 
     def _take(self, info: LunInfo) -> None:
         self.info = info
-        self._geometry = info.geometry(read_only=self._read_only)
+        self._zeroing.take(info)
+        self._geometry = self._described()
         self._shift = info.capacity.block_bytes.bit_length() - 1
         self._alignment_bytes = info.transfer_alignment_bytes
         self._first_aligned_bytes = info.capacity.lowest_aligned_lba << self._shift
-        self._zeroing.take(info)
+
+    def _described(self) -> Geometry:
+        """What the device says of itself, without what it has refused since."""
+        geometry = self.info.geometry(read_only=self._read_only)
+        return (
+            geometry if self._zeroing.discards else replace(geometry, discard_granularity_bytes=0)
+        )
 
     @property
     def unit(self) -> LogicalUnit:
@@ -215,6 +223,8 @@ class LunDevice:
         if self.write_guard is not None:
             await self.write_guard()
         await self._zeroing.discard(offset >> self._shift, (offset + length) >> self._shift)
+        if self._geometry.discard_granularity_bytes and not self._zeroing.discards:
+            self._adopt(self._described())
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         self._check_write(offset, length)
@@ -285,9 +295,13 @@ class LunDevice:
         before = self._geometry
         self._take(info)
         if self._geometry != before:
-            log.warning("LUN %d changed: %s", self._unit.number, self._geometry)
-            for listener in self._listeners:
-                listener(self._geometry)
+            self._adopt(self._geometry)
+
+    def _adopt(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        log.warning("LUN %d changed: %s", self._unit.number, geometry)
+        for listener in self._listeners:
+            listener(geometry)
 
 
 def _shown(info: LunInfo) -> str:

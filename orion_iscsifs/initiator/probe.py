@@ -1,5 +1,6 @@
 """What a logical unit is and what it can do: asked once at mount, again when it says so."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -19,6 +20,8 @@ from orion_iscsifs.scsi.inquiry import (
 from orion_iscsifs.scsi.lun import decode_lun, decode_report_luns, report_luns_length
 from orion_iscsifs.scsi.mode import ModeParameters
 from orion_iscsifs.scsi.provisioning import Form, Granules
+
+log = logging.getLogger(__name__)
 
 TRANSFER_BYTES_MAX: Final = 1 << 20
 """Our own limit for one READ or WRITE when the device states none or a larger one."""
@@ -107,7 +110,10 @@ class LunInfo:
             physical_block_bytes=self.capacity.physical_block_bytes,
             optimal_transfer_bytes=min(optimal or TRANSFER_BYTES_MAX, self.transfer_bytes_max),
             transfer_bytes_max=self.transfer_bytes_max,
+            alignment_bytes=self.capacity.lowest_aligned_lba * block,
             discard_granularity_bytes=granularity if self.discard_forms() else 0,
+            discard_alignment_bytes=self.granules.alignment * block,
+            zeroes_after_discard=self.reads_zeroes,
             read_only=read_only or self.mode.write_protected or self.mode.software_write_protect,
             write_cache=self.mode.write_cache,
         )
@@ -123,7 +129,11 @@ async def report_luns(unit: LogicalUnit) -> list[int]:
         data = await _ask(unit, "REPORT LUNS", cdb.report_luns(size), size)
         needed = report_luns_length(data)
         if needed <= size or size == _REPORT_LUNS_BYTES_MAX:
-            numbers = (decode_lun(lun) for lun in decode_report_luns(data))
+            luns = decode_report_luns(data)
+            unnamed = [f"{lun:016x}" for lun in luns if decode_lun(lun) is None]
+            if unnamed:
+                log.info("LUNs with addresses of another kind are left out: %s", unnamed[:8])
+            numbers = (decode_lun(lun) for lun in luns)
             return [number for number in numbers if number is not None]
         size = min(needed, _REPORT_LUNS_BYTES_MAX)
 

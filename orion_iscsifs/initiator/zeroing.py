@@ -71,6 +71,11 @@ class Zeroing:
         """Zeroes cost no space: they are better sent as such than as data."""
         return bool(self._zeroes) and self._zeroes[0] in _WITH_UNMAP
 
+    @property
+    def discards(self) -> bool:
+        """Some command for it is left that the device has not refused."""
+        return bool(self._discards)
+
     async def discard(self, start: int, end: int) -> None:
         """The whole granules among the LBAs; nothing if the device takes no such hint."""
         start, end = self._granules.inside(start, end)

@@ -15,7 +15,9 @@ import stat
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import trio
@@ -37,6 +39,8 @@ Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Operation = Callable[[Send], Awaitable[Message]]
 """Carries one request out, sends its progress, returns what the last line adds to `ok`."""
+OperationOn = Callable[[Message, Send], Awaitable[Message]]
+"""The same for an operation that the request says more about: it gets the request, unchecked."""
 
 
 def socket_path(folder: Path, mountpoint: str) -> Path:
@@ -52,6 +56,7 @@ async def serve(
     path: Path,
     operations: Mapping[str, Operation],
     *,
+    operations_on: Mapping[str, OperationOn] = MappingProxyType({}),
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer at `path` until cancelled; the socket is removed then."""
@@ -62,7 +67,7 @@ async def serve(
 
         async def serve_one(stream: trio.SocketStream) -> None:
             async with stream:
-                await _serve_client(stream, operations)
+                await _serve_client(stream, operations, operations_on)
 
         await trio.serve_listeners(
             serve_one, [trio.SocketListener(listener)], task_status=_Ignoring(task_status)
@@ -106,7 +111,11 @@ class _Ignoring(trio.TaskStatus[Any]):
         self._task_status.started()
 
 
-async def _serve_client(stream: trio.SocketStream, operations: Mapping[str, Operation]) -> None:
+async def _serve_client(
+    stream: trio.SocketStream,
+    operations: Mapping[str, Operation],
+    operations_on: Mapping[str, OperationOn],
+) -> None:
     async def send(message: Message) -> None:
         await stream.send_all(json.dumps(message).encode() + b"\n")
 
@@ -115,7 +124,7 @@ async def _serve_client(stream: trio.SocketStream, operations: Mapping[str, Oper
         with trio.move_on_after(_REQUEST_TIMEOUT_S):
             line = await _read_line(stream)
         if line:
-            await send(await _answer(line, operations, send))
+            await send(await _answer(line, operations, operations_on, send))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         _log.debug("a client of the control socket has gone")
 
@@ -130,10 +139,16 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
     return bytes(line)
 
 
-async def _answer(line: bytes, operations: Mapping[str, Operation], send: Send) -> Message:
+async def _answer(
+    line: bytes,
+    operations: Mapping[str, Operation],
+    operations_on: Mapping[str, OperationOn],
+    send: Send,
+) -> Message:
     try:
         request = json.loads(line)
-        operation = operations[request["op"]]
+        on = operations_on.get(request["op"])
+        operation = partial(on, request) if on is not None else operations[request["op"]]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {"ok": False, "error": "control: unknown request"}
     try:
@@ -178,15 +193,17 @@ class ControlClient:
             pid: int = _PEER.unpack(peer)[0]
             return pid
 
-    def request(self, op: str, *, timeout_s: float = SILENCE_MAX_S) -> Iterator[Message]:
+    def request(
+        self, op: str, *, timeout_s: float = SILENCE_MAX_S, on: Message | None = None
+    ) -> Iterator[Message]:
         """Progress lines, then the last line. Raises `MountError` if the daemon refuses or dies.
 
-        `timeout_s` bounds the wait for each line.
+        `timeout_s` bounds the wait for each line; `on` is what the request says besides `op`.
         """
         try:
             with self._connected() as connection:
                 connection.settimeout(timeout_s)
-                connection.sendall(json.dumps({"op": op}).encode() + b"\n")
+                connection.sendall(json.dumps({**(on or {}), "op": op}).encode() + b"\n")
                 with connection.makefile("rb") as lines:
                     while line := lines.readline(ANSWER_BYTES_MAX):
                         message: Message = json.loads(line)

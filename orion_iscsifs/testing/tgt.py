@@ -73,6 +73,10 @@ class TgtTarget:
     def set_read_only(self, lun: int) -> None:
         self._update("logicalunit", ["--lun", str(lun), "--params", "readonly=1"])
 
+    def set_thin(self, lun: int) -> None:
+        """UNMAP and WRITE SAME punch holes into the backing file."""
+        self._update("logicalunit", ["--lun", str(lun), "--params", "thin_provisioning=1"])
+
     def require_chap(self, user: str, secret: str) -> None:
         """Initiators have to prove that they are `user`."""
         self._bind_account(user, secret, outgoing=False)
