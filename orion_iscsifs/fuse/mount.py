@@ -23,6 +23,7 @@ from orion_iscsifs.config import FuseConfig
 from orion_iscsifs.errors import BusyError, MountError
 from orion_iscsifs.fuse import mountpoint as mountpoints
 from orion_iscsifs.fuse import readers
+from orion_iscsifs.fuse.hook import hook
 from orion_iscsifs.fuse.kernel import KernelLimits, raise_limits
 from orion_iscsifs.fuse.operations import DeviceFiles
 from orion_iscsifs.fuse.tree import Node
@@ -50,6 +51,7 @@ class FuseMount:
         self._ended = trio.Event()
         self._device: str | None = None
         """`major:minor` once it is mounted."""
+        self._nursery: trio.Nursery | None = None
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Mount, report `started` once the files can be read, answer until it is unmounted."""
@@ -60,6 +62,7 @@ class FuseMount:
         filesystem.invalidate_name = self._invalidate_name
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._become_ready, task_status)
                 with self._loop:
                     await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS_MAX)
@@ -92,7 +95,7 @@ class FuseMount:
     # -- inside ----------------------------------------------------------------------------------
 
     def _init(self) -> None:
-        with _captured_stderr() as said:
+        with _captured_stderr() as said, hook.around_init(self._on_fallocate):
             try:
                 pyfuse3.init(self._filesystem, self.mountpoint, self._options)
             except RuntimeError as error:
@@ -104,6 +107,22 @@ class FuseMount:
             # libfuse says why on stderr only: "fuse: mount failed: …", "fusermount3: …".
             why = " ".join("".join(said).split()) or str(failure)
             raise MountError(f"mount point {self.mountpoint}: {why}")
+
+    def _on_fallocate(self, request: int, inode: int, mode: int, offset: int, length: int) -> None:
+        """Called while the request is read: only notes it."""
+        assert self._nursery is not None
+        self._nursery.start_soon(self._allocate, request, inode, mode, offset, length)
+
+    async def _allocate(
+        self, request: int, inode: int, mode: int, offset: int, length: int
+    ) -> None:
+        code = errno.EIO
+        try:
+            code = await self._filesystem.fallocate(inode, mode, offset, length)
+        finally:
+            # Also when it is cancelled: whoever waits for the answer gets one, and the session
+            # lives until the nursery has ended.
+            hook.reply(request, code)
 
     async def _become_ready(self, task_status: trio.TaskStatus[None]) -> None:
         # The kernel answers stat() only after FUSE_INIT, which resets the limits.

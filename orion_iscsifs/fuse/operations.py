@@ -37,6 +37,7 @@ from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.block.gone import GoneDevice
 from orion_iscsifs.config import FuseConfig
 from orion_iscsifs.errors import OrionError
+from orion_iscsifs.fuse.allocation import allocate
 from orion_iscsifs.fuse.buffers import BUFFER_BYTES, POOLED_BYTES_MIN, ReplyBuffers
 from orion_iscsifs.fuse.fixed import FixedOperations
 from orion_iscsifs.fuse.handlers import handler
@@ -185,6 +186,22 @@ class DeviceFiles(FixedOperations):
         for file in self._files.values():
             if fh in {pyfuse3.ROOT_INODE, file.node.parent}:
                 await file.device.flush()
+
+    async def fallocate(self, inode: int, mode: int, offset: int, length: int) -> int:
+        """Not one of pyfuse3's operations: `FuseMount` calls it. Returns an errno, never raises."""
+        file = self._files.get(inode)
+        if file is None:
+            return errno.EOPNOTSUPP if self._tree.node(inode) is not None else errno.ESTALE
+        try:
+            if file.read_only:
+                return errno.EROFS
+            await allocate(file.device, mode, offset, length)
+        except FUSEError as refusal:
+            return refusal.errno
+        except Exception as error:
+            file.counters.errors += 1
+            return self.failed("fallocate", error, (inode, mode, offset, length))
+        return 0
 
     @handler
     async def flush(self, fh: int) -> None:
