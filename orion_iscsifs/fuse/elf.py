@@ -41,7 +41,7 @@ def call_slots(image: bytes, names: frozenset[str]) -> dict[str, list[int]]:
     """
     try:
         return _call_slots(image, names)
-    except (StructError, IndexError, ValueError) as error:
+    except (StructError, IndexError, ValueError, OverflowError, KeyError) as error:
         raise NotUnderstood(f"not an object that can be read: {error}") from None
 
 
@@ -61,7 +61,7 @@ def _call_slots(image: bytes, names: frozenset[str]) -> dict[str, list[int]]:
         if start not in table:
             continue
         offset = _place(segments, table[start])
-        for at in range(offset, offset + table.get(size, 0), _RELA.size):
+        for at in range(offset, min(offset + table.get(size, 0), len(image)), _RELA.size):
             slot, info, _ = _RELA.unpack_from(image, at)
             if info & 0xFFFFFFFF not in kinds:
                 continue
@@ -78,7 +78,7 @@ def _dynamic(image: bytes, segments: list[tuple[int, ...]]) -> Iterator[tuple[in
     for kind, _, offset, _, _, size, _, _ in segments:
         if kind != _PT_DYNAMIC:
             continue
-        for at in range(offset, offset + size, _DYNAMIC.size):
+        for at in range(offset, min(offset + size, len(image)), _DYNAMIC.size):
             tag, value = _DYNAMIC.unpack_from(image, at)
             if tag == 0:
                 return

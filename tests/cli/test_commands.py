@@ -31,7 +31,7 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["mont", URL, "/x"], 2, "no such command 'mont' (did you mean mount?)"),
         (["mount", URL, "/x", "--cache=none"], 2, "no such option '--cache' (write -o cache=…)"),
         (["status", "--jsn"], 2, "no such option '--jsn' (did you mean --json?)"),
-        (["inspect", URL], 2, "no such command 'inspect'"),
+        (["doctor", URL], 2, "no such command 'doctor'"),
         (["--frobnicate"], 2, "no such option"),
         (["umount", "--timeout", "soon", "/x"], 2, "'soon' is not a valid float"),
         (["mount", "host/iqn", "/x"], 2, "this is not a URL"),
