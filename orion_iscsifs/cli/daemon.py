@@ -54,6 +54,8 @@ class Stack(Protocol):
 
     def unmounting(self) -> None: ...
 
+    def describe(self, path: str) -> Mapping[str, str]: ...
+
     def status(self) -> Mapping[str, Any]: ...
 
 
@@ -97,6 +99,7 @@ class Daemon:
                 config=to_toml(self._config, self._source.redacted()),
             ),
         )
+        self._filesystem.describe = stack.describe
         stack.on_files_change(self._file_changed)
         self._mount = FuseMount(
             self._filesystem,

@@ -6,7 +6,7 @@ not supported"); on a mount with `ro` the kernel says EROFS before it asks.
 """
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
@@ -79,20 +79,7 @@ class FixedOperations(pyfuse3.Operations):
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         raise FUSEError(errno.EINVAL)
 
-    # -- extended attributes: there are none -----------------------------------------------------
-
-    @handler
-    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        """ENOSYS tells the kernel never to ask again, for the whole mount.
-
-        Any other answer, and it asks for security.capability before every single write
-        (file_remove_privs), each time waiting for us: half the speed of small writes.
-        """
-        raise FUSEError(errno.ENOSYS)
-
-    @handler
-    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return ()
+    # -- extended attributes: nobody sets any ----------------------------------------------------
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -5,8 +5,8 @@ Theory of operation
 pyfuse3 hands libfuse a table of operations (`struct fuse_lowlevel_ops`) that has no `fallocate`, so
 the kernel is told that there is none, and a loop device on the file has no discard. The table is
 handed over in one call, `fuse_session_new`. While `pyfuse3.init` runs, and only then, the slot
-through which pyfuse3 makes that call points here (`elf` finds it); the call goes on to libfuse with
-a copy of the table that has our `fallocate` in it.
+through which pyfuse3 makes that call points here (`slots` finds it); the call goes on to libfuse
+with a copy of the table that has our `fallocate` in it.
 
 libfuse calls it, as every operation, in the trio thread, from the task that has read the request.
 It only notes the request; the answer is given later, by `reply`, as libfuse allows for all of them
@@ -21,17 +21,15 @@ has no `fallocate` then, and the log says why.
 import ctypes
 import errno
 import logging
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import pyfuse3
 
-from orion_iscsifs.fuse.elf import NotUnderstood, call_slots
+from orion_iscsifs.fuse.elf import NotUnderstood
+from orion_iscsifs.fuse.slots import Unsound, find_slot, loaded_library
 
 _log = logging.getLogger(__name__)
 
@@ -76,21 +74,6 @@ _SessionNew: Final = {
 }
 
 
-class Unsound(Exception):
-    """Something is not as expected: nothing has been changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Mapping:
-    """A line of /proc/self/maps."""
-
-    start: int
-    end: int
-    writable: bool
-    offset: int
-    path: str
-
-
 class Hook:
     """One per process: pyfuse3 has one session."""
 
@@ -108,10 +91,11 @@ class Hook:
         """For the time of `pyfuse3.init`. Never raises; `installed` says how it went."""
         self._on_fallocate, self.installed = on_fallocate, False
         try:
-            slot, function, libfuse = _find()
+            libfuse = ctypes.CDLL(loaded_library("libfuse3.so"))
+            slot = find_slot(os.path.realpath(pyfuse3.__file__), _SessionNew, libfuse)
             self._reply = libfuse.fuse_reply_err
             self._reply.argtypes = (ctypes.c_void_p, ctypes.c_int)
-            before = _swap(slot, self._replacement(function, libfuse))
+            before = slot.put(self._replacement(slot.function, libfuse))
         except (Unsound, NotUnderstood, OSError, AttributeError) as error:
             _log.info("no fallocate on the device files, so no discard by loop devices: %s", error)
             yield
@@ -119,7 +103,7 @@ class Hook:
         try:
             yield
         finally:
-            _swap(slot, before)
+            slot.put(before)
 
     def reply(self, request: int, code: int) -> None:
         """Answer a request, once, with an errno (0: done)."""
@@ -168,54 +152,3 @@ class Hook:
 
 
 hook: Final = Hook()
-
-
-def _find() -> tuple[int, str, ctypes.CDLL]:
-    """The address of the slot, the name of the function in it, and libfuse."""
-    binding = os.path.realpath(pyfuse3.__file__)
-    mappings = list(_mappings())
-    own = [mapping for mapping in mappings if mapping.path == binding]
-    libraries = {m.path for m in mappings if os.path.basename(m.path).startswith("libfuse3.so")}
-    if not own or len(libraries) != 1:
-        raise Unsound("pyfuse3 and libfuse are not loaded as shared objects")
-    libfuse = ctypes.CDLL(libraries.pop())
-    slots = call_slots(Path(binding).read_bytes(), frozenset(_SessionNew))
-    found = [(name, at) for name, places in slots.items() for at in places]
-    if len(found) != 1:
-        raise Unsound(f"pyfuse3 calls fuse_session_new in {len(found)} ways")
-    function, at = found[0]
-    slot = own[0].start - own[0].offset + at
-    genuine = ctypes.cast(getattr(libfuse, function), ctypes.c_void_p).value
-    held = ctypes.c_uint64.from_address(slot).value
-    inside = any(mapping.start <= held < mapping.end for mapping in own)
-    if not any(m.start <= slot < m.end for m in mappings) or (held != genuine and not inside):
-        raise Unsound("the slot of fuse_session_new holds another address")
-    return slot, function, libfuse
-
-
-def _mappings() -> Iterator[_Mapping]:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6:
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            yield _Mapping(start, end, "w" in fields[1], int(fields[2], 16), fields[5])
-
-
-def _swap(slot: int, address: int) -> int:
-    """Put an address into a slot, which may be read-only by now (RELRO); what was there."""
-    page = slot & -mmap.PAGESIZE
-    mapping = next((m for m in _mappings() if m.start <= slot < m.end), None)
-    if mapping is None:
-        raise Unsound("the slot of fuse_session_new is not mapped")
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if not mapping.writable and libc.mprotect(
-        page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE
-    ):
-        raise Unsound(f"mprotect: {os.strerror(ctypes.get_errno())}")
-    place = ctypes.c_uint64.from_address(slot)
-    before = place.value
-    place.value = address
-    if not mapping.writable:
-        libc.mprotect(page, mmap.PAGESIZE, mmap.PROT_READ)
-    return before

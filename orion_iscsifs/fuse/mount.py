@@ -25,6 +25,7 @@ from orion_iscsifs.fuse import mountpoint as mountpoints
 from orion_iscsifs.fuse import readers
 from orion_iscsifs.fuse.hook import hook
 from orion_iscsifs.fuse.kernel import KernelLimits, raise_limits
+from orion_iscsifs.fuse.nosec import init_reply
 from orion_iscsifs.fuse.operations import DeviceFiles
 from orion_iscsifs.fuse.tree import Node
 
@@ -58,6 +59,8 @@ class FuseMount:
         filesystem = self._filesystem
         filesystem.reader_blocks = readers.install(self._loop.cancel)
         self._init()
+        init_reply.install()
+        filesystem.has_attributes = lambda: init_reply.in_force
         filesystem.invalidate = self._invalidate
         filesystem.invalidate_name = self._invalidate_name
         try:
@@ -71,6 +74,7 @@ class FuseMount:
             filesystem.invalidate = lambda _inode: None
             filesystem.invalidate_name = lambda _node: None
             # Closes the connection, and detaches the mount if it is still there.
+            init_reply.uninstall()
             pyfuse3.close(unmount=self._is_topmost())
             readers.uninstall()
             self._ended.set()

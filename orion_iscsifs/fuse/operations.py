@@ -110,6 +110,10 @@ class DeviceFiles(FixedOperations):
         """Tells the kernel that an inode's attributes changed; set while mounted."""
         self.invalidate_name: Callable[[Node], None] = lambda _node: None
         """Tells the kernel that a file has vanished; set while mounted."""
+        self.has_attributes: Callable[[], bool] = lambda: False
+        """Whether the kernel may be told of extended attributes; set while mounted."""
+        self.describe: Callable[[str], Mapping[str, str]] = lambda _path: {}
+        """The `user.orion.*` attributes of a device file, by their last names."""
         self._config = config
         self._control = {} if config.hide_control or control is None else dict(control)
         self._tree = Tree(files, list(self._control))
@@ -304,6 +308,33 @@ class DeviceFiles(FixedOperations):
         reply.f_files = len(self._files)
         reply.f_namemax = 255
         return reply
+
+    # -- extended attributes -----------------------------------------------------------------------
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """ENOSYS tells the kernel never to ask again, for the whole mount.
+
+        Any other answer, and it asks for security.capability before every single write, each time
+        waiting for us: half the speed of small writes. Unless it was told not to (`nosec`).
+        """
+        if not self.has_attributes():
+            raise FUSEError(errno.ENOSYS)
+        value = self._described(inode).get(name)
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @handler
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return list(self._described(inode)) if self.has_attributes() else []
+
+    def _described(self, inode: int) -> dict[bytes, bytes]:
+        file = self._files.get(inode)
+        if file is None:
+            return {}
+        found = self.describe(file.node.path)
+        return {b"user.orion." + name.encode(): text.encode() for name, text in found.items()}
 
     # -- files that come and go ------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """Every device of a mount, as the file system and the monitoring see it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.stack import status
+from orion_iscsifs.stack.describe import describe
 from orion_iscsifs.stack.unit import Unit
 from orion_iscsifs.stack.ways import Ways
 
@@ -49,6 +50,11 @@ class Stack:
         for unit in self.units:
             if unit.exclusive is not None:
                 unit.exclusive.unmounting()
+
+    def describe(self, path: str) -> Mapping[str, str]:
+        """The extended attributes of a device file; none for one that has gone."""
+        unit = next((unit for unit in self.units if unit.path == path), None)
+        return {} if unit is None else describe(unit, self.config.cache.mode)
 
     def status(self) -> dict[str, Any]:
         """The parts of INTERFACE §7 that the data path knows."""

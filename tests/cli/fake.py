@@ -70,6 +70,9 @@ class FakeStack:
     def unmounting(self) -> None:
         """Nobody waits for it."""
 
+    def describe(self, path: str) -> dict[str, str]:
+        return {"name": path}
+
     def status(self) -> dict[str, Any]:
         return {
             "luns": [{"name": "lun1", "lun": 1, "dirty_bytes": self._device.dirty_bytes}],

@@ -81,6 +81,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
         def unmounting(self) -> None:
             """Nobody waits for it."""
 
+        def describe(self, path: str) -> Mapping[str, str]:
+            return {"name": path}
+
         def status(self) -> Mapping[str, Any]:
             return {"luns": [{"name": "lun1", "dirty_bytes": 5}]}
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orion_iscsifs.fuse import hook as module
+from orion_iscsifs.fuse import slots as module
 from orion_iscsifs.fuse.elf import NotUnderstood, call_slots
-from orion_iscsifs.fuse.hook import Hook, Unsound
+from orion_iscsifs.fuse.hook import Hook
+from orion_iscsifs.fuse.slots import Slot, Unsound, find_slot, loaded_library
 
 IMAGE = Path(pyfuse3.__file__).read_bytes()
 NAMES = frozenset({"fuse_session_new", "fuse_session_new_versioned"})
@@ -91,7 +93,7 @@ def test_without_a_certain_slot_nothing_is_changed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, problem: object
 ) -> None:
     monkeypatch.setattr(module, name, lambda *_: problem)
-    monkeypatch.setattr(module, "_swap", lambda *_: pytest.fail("a slot was changed"))
+    monkeypatch.setattr(Slot, "put", lambda *_: pytest.fail("a slot was changed"))
     hook = Hook()
     caplog.set_level(logging.INFO)
     with hook.around_init(lambda *_: None):
@@ -104,7 +106,7 @@ def test_a_slot_with_a_strange_address_is_left_alone(monkeypatch: pytest.MonkeyP
     (places,) = call_slots(IMAGE, NAMES).values()
     # Some other word of the same object: no address of a function.
     monkeypatch.setattr(module, "call_slots", lambda *_: {"fuse_session_new": [places[0] & -4096]})
-    monkeypatch.setattr(module, "_swap", lambda *_: pytest.fail("a slot was changed"))
+    monkeypatch.setattr(Slot, "put", lambda *_: pytest.fail("a slot was changed"))
     hook = Hook()
     with hook.around_init(lambda *_: None):
         pass
@@ -112,7 +114,8 @@ def test_a_slot_with_a_strange_address_is_left_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_the_slot_is_as_before_afterwards() -> None:
-    slot, _, _ = module._find()
+    libfuse = ctypes.CDLL(loaded_library("libfuse3.so"))
+    slot = find_slot(os.path.realpath(pyfuse3.__file__), NAMES, libfuse).address
     before = ctypes.c_uint64.from_address(slot).value
     with Hook().around_init(lambda *_: None):
         assert ctypes.c_uint64.from_address(slot).value != before

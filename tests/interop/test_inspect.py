@@ -1,6 +1,7 @@
 """`inspect`: what real LUNs say of themselves, who has reserved them, and that nobody notices."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,26 @@ def test_without_a_target(product: Product) -> None:
     refused = product("inspect", "iscsi://127.0.0.1:1/", code=USAGE)
     assert "no target is named" in refused.stderr
     assert "discover" in refused.stderr
+
+
+@pytest.mark.fuse
+@pytest.mark.interop("tgtd", "tgtadm")
+def test_the_file_tells_the_same(product: Product, tgt_disk: TgtDisk) -> None:
+    """`user.orion.*` of the device file."""
+    (lun,) = inspected(product, tgt_disk.url)["luns"]
+    with product.mounted(tgt_disk.url, "dirty_age=600") as mountpoint:
+        path = mountpoint / "lun1"
+
+        def attribute(name: str) -> str:
+            return os.getxattr(path, f"user.orion.{name}").decode()
+
+        assert attribute("name") == lun["name"]
+        assert attribute("vendor") == lun["vendor"]
+        assert attribute("target") == tgt_disk.iqn
+        assert int(attribute("size_bytes")) == lun["size_bytes"]
+        assert attribute("reservation") == "held"
+        assert attribute("dirty_bytes") == "0"
+        with path.open("r+b", buffering=0) as file:
+            file.write(b"x" * 65536)
+            assert attribute("dirty_bytes") == "65536"
+        assert {f"user.orion.{name}" for name in ("lun", "cache")} <= set(os.listxattr(path))
