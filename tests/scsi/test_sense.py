@@ -1,5 +1,7 @@
 """Sense data in both formats, and what an initiator makes of it."""
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from orion_iscsifs.errors import (
     WriteProtected,
 )
 from orion_iscsifs.scsi import sense
+from orion_iscsifs.scsi.additional_sense import words
 from orion_iscsifs.scsi.sense import SenseData, SenseKey, Status
 from orion_iscsifs.scsi.verdict import Action, error, judge
 
@@ -112,6 +115,29 @@ def test_words() -> None:
         (Status.CHECK_CONDITION, SenseData(6, 0x47, 0x7F), Action.RETRY),
         (Status.CHECK_CONDITION, SenseData(2, 0x04, 0x01), Action.RETRY_AFTER_DELAY),
         (Status.CHECK_CONDITION, SenseData(2, 0x3A, 0x00), Action.FAIL),
+        *(
+            (Status.CHECK_CONDITION, SenseData(2, 0x04, ascq), Action.RETRY_AFTER_DELAY)
+            for ascq in (0x00, 0x04, 0x05, 0x06, 0x07, 0x09, 0x11, 0x14, 0x1A, 0x1B, 0x1C, 0x1D)
+        ),
+        (Status.CHECK_CONDITION, SenseData(2, 0x04, 0x02), Action.START),
+        (Status.CHECK_CONDITION, SenseData(2, 0x04, 0x03), Action.FAIL),
+        *(
+            (Status.CHECK_CONDITION, SenseData(2, 0x04, ascq), Action.OTHER_PATH)
+            for ascq in (0x0A, 0x0B, 0x0C)
+        ),
+        *(
+            (Status.CHECK_CONDITION, SenseData(6, 0x2A, ascq), Action.CHECK_ACCESS)
+            for ascq in (0x06, 0x07)
+        ),
+        *(
+            (Status.CHECK_CONDITION, SenseData(6, *code), Action.REREAD_CAPACITY)
+            for code in ((0x2A, 0x01), (0x28, 0x00), (0x3F, 0x03))
+        ),
+        (Status.CHECK_CONDITION, SenseData(5, 0x25, 0x00), Action.ABSENT),
+        (Status.CHECK_CONDITION, SenseData(5, 0x24, 0x00), Action.FAIL),
+        (Status.CHECK_CONDITION, SenseData(7, 0x27, 0x07), Action.FAIL),
+        (Status.CHECK_CONDITION, SenseData(4, 0x44, 0x00), Action.FAIL),
+        (Status.ACA_ACTIVE, None, Action.RETRY_AFTER_DELAY),
         (Status.CHECK_CONDITION, SenseData(0xB, 0x0C, 0x0C), Action.TRANSPORT_RETRY),
         (Status.CHECK_CONDITION, SenseData(0xB, 0x0C, 0x0D), Action.TRANSPORT_RETRY),
         (Status.CHECK_CONDITION, SenseData(0xB, 0x47, 0x05), Action.TRANSPORT_RETRY),
@@ -163,3 +189,53 @@ def test_a_reservation_conflict_says_what_to_do() -> None:
 def test_reservations_that_changed_are_looked_at(ascq: int) -> None:
     changed = SenseData(SenseKey.UNIT_ATTENTION, 0x2A, ascq)
     assert judge(Status.CHECK_CONDITION, changed) is Action.CHECK_RESERVATION
+
+
+# -- additional sense in words ---------------------------------------------------------------------
+
+
+@given(st.integers(0, 255), st.integers(0, 255))
+def test_every_pair_has_words(asc: int, ascq: int) -> None:
+    said = words(asc, ascq)
+    assert said
+    assert said == said.strip()
+    assert "|" not in said
+    assert ";" not in said
+
+
+@pytest.mark.parametrize(
+    ("asc", "ascq", "said"),
+    [
+        (0x04, 0x01, "logical unit not ready, becoming ready"),
+        (0x04, 0x0B, "logical unit not ready, target port in standby state"),
+        (0x11, 0x00, "unrecovered read error"),
+        (0x11, 0x04, "unrecovered read error, automatic reallocation failed"),
+        (0x29, 0x07, "I_T nexus loss occurred"),
+        (0x2A, 0x09, "capacity data has changed"),
+        (0x2F, 0x00, "commands cleared, by another initiator"),
+        (0x27, 0x07, "space allocation failed"),
+        (0x40, 0x85, "diagnostic failure on component 85h"),
+        (0x04, 0x7F, "logical unit not ready, unassigned qualifier"),
+        (0x04, 0x80, "logical unit not ready, the vendor's own qualifier"),
+        (0x7E, 0x00, "unassigned additional sense code"),
+        (0x80, 0x00, "a condition of the vendor's own"),
+    ],
+)
+def test_additional_sense_in_words(asc: int, ascq: int, said: str) -> None:
+    assert words(asc, ascq) == said
+
+
+def test_a_medium_error_names_its_lba() -> None:
+    raised = error("READ", Status.CHECK_CONDITION, SenseData(3, 0x11, 0, information=4711))
+    assert isinstance(raised, MediumError)
+    assert raised.lba == 4711
+    assert str(raised).endswith("(3/11/00) at LBA 4711")
+    unknown = error("READ", Status.CHECK_CONDITION, SenseData(3, 0x11, 0))
+    assert isinstance(unknown, MediumError)
+    assert unknown.lba is None
+
+
+def test_a_full_thin_pool_is_no_write_protection() -> None:
+    raised = error("WRITE", Status.CHECK_CONDITION, sense.SPACE_ALLOCATION_FAILED)
+    assert raised.errno == errno.ENOSPC
+    assert "thin pool" in raised.advice
