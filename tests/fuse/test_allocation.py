@@ -117,7 +117,7 @@ def kernel_fallocate(path: Path, mode: int, offset: int, length: int) -> int:
     try:
         return ctypes.get_errno() if libc.fallocate(descriptor, mode, offset, length) else 0
     finally:
-        with suppress(ConnectionAbortedError):  # the mount has ended
+        with suppress(OSError):  # the mount may have ended
             os.close(descriptor)
 
 

@@ -111,5 +111,7 @@ async def test_without_the_proof_it_would(
 ) -> None:
     """The test above can fail: when LOST holds nothing back, newer data is overwritten."""
     monkeypatch.setattr(PathRecord, "holds_back", lambda self, changed: False)
-    wrong = [line for seed in range(15) for line in await play(seed)]
-    assert len(wrong) > 3
+    for seed in range(500):
+        if await play(seed):
+            return
+    pytest.fail("500 histories, and no write was overtaken")
