@@ -54,11 +54,16 @@ class PathState(enum.Enum):
 
     @property
     def shown(self) -> str:
-        """In the words of `status --json` (INTERFACE §7)."""
-        return self.value if self in _SHOWN else "failed"
+        """In the words of `status --json` (INTERFACE §7): who is asked is ready and not used."""
+        return _SHOWN.get(self, "failed")
 
 
-_SHOWN: Final = frozenset({PathState.ACTIVE, PathState.STANDBY, PathState.MARGINAL})
+_SHOWN: Final = {
+    PathState.ACTIVE: "active",
+    PathState.STANDBY: "standby",
+    PathState.CHECKING: "standby",
+    PathState.MARGINAL: "marginal",
+}
 USABLE: Final = frozenset({PathState.ACTIVE, PathState.MARGINAL})
 DOWN: Final = frozenset({PathState.LOST, PathState.FAILED})
 
