@@ -30,15 +30,19 @@ Body = Callable[[Callable[[], None]], None]
 def run_in_background(body: Body, *, failure: int) -> None:
     """Return once the daemon is ready. Raises `Failed` with its one line if it never is."""
     reading, writing = os.pipe()
+    # An interrupt in the middle of a fork would be swallowed by Python's own hooks, or leave a
+    # daemon that nobody knows of. It is kept until it can be acted on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     first = os.fork()
     if first == 0:
         os.close(reading)
         _leave_terminal()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _run(body, writing, failure)
     os.close(writing)
     os.waitpid(first, 0)
     with os.fdopen(reading, "rb") as messages:
-        _await_ready(messages, failure)
+        _await_ready(messages, failure, before)
 
 
 def _leave_terminal() -> None:
@@ -89,9 +93,11 @@ def _run(body: Body, writing: int, failure: int) -> NoReturn:
     os._exit(code)
 
 
-def _await_ready(messages: BinaryIO, failure: int) -> None:
+def _await_ready(messages: BinaryIO, failure: int, mask: set[int]) -> None:
+    """`mask`: the signals that are to be blocked from now on."""
     pid = 0
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for line in messages:
             message = json.loads(line)
             pid = message.get("pid", pid)
@@ -100,6 +106,7 @@ def _await_ready(messages: BinaryIO, failure: int) -> None:
             if "error" in message:
                 raise Failed(message["error"], message["code"])
     except KeyboardInterrupt:
+        pid = pid or json.loads(messages.readline() or b"{}").get("pid", 0)
         if pid:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

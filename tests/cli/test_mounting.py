@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -247,6 +248,48 @@ def test_an_interrupted_mount_leaves_nothing(command: Command, number: int) -> N
                 assert time.monotonic() < deadline, "the daemon stays"
                 time.sleep(0.05)
     assert not command.is_mounted()
+
+
+INTERRUPTED_FORK = """
+import os, pathlib, signal, sys, time
+from orion_iscsifs.cli import daemonize
+from orion_iscsifs.cli.report import Failed
+
+fork = os.fork
+
+def interrupted_fork():
+    pid = fork()
+    if pid:
+        os.kill(os.getpid(), signal.SIGINT)
+    return pid
+
+def body(ready):
+    def end(*_):
+        pathlib.Path(sys.argv[1]).touch()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, end)
+    time.sleep(20)
+
+os.fork = interrupted_fork
+try:
+    daemonize.run_in_background(body, failure=32)
+except Failed as error:
+    print(error)
+"""
+
+
+def test_an_interrupt_while_it_forks_is_not_lost(tmp_path: Path) -> None:
+    """It comes between the fork and the wait for the daemon: it is acted on, once, in the wait."""
+    ended = tmp_path / "ended"
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_FORK, str(ended)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "interrupted" in done.stdout
+    wait_until(ended.exists, what="the daemon's end")
 
 
 def test_in_the_foreground(command: Command) -> None:
