@@ -17,6 +17,7 @@ Where this can't be done, `in_force` stays False, and the files have no extended
 
 import ctypes
 import logging
+import os
 from struct import Struct
 from typing import Any, Final
 
@@ -60,6 +61,12 @@ class InitReply:
     def install(self) -> None:
         """Never raises: without it there are no extended attributes, and the log says so."""
         self.in_force = False
+        if tuple(int(part) for part in os.uname().release.split(".")[:2] if part.isdigit()) < (
+            5,
+            12,
+        ):
+            _log.info("no extended attributes on the device files: they need Linux 5.12")
+            return
         try:
             libc = ctypes.CDLL(None, use_errno=True)
             slot = find_slot(loaded_library("libfuse3.so"), ("writev",), libc)

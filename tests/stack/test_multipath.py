@@ -306,11 +306,11 @@ async def test_access_states_are_followed_when_the_target_changes_them() -> None
             await lun.write(0, b"1" * 4096)
             access.set(2, AccessState.ACTIVE_OPTIMIZED)
             access.set(1, AccessState.STANDBY)
-            with trio.fail_after(10):
+            with trio.fail_after(40):
                 await lun.write(0, b"2" * 4096)
-                await until(stack, "standby", "active")
+                await until(stack, "standby", "active", within_s=35)
             access.set(1, AccessState.ACTIVE_NON_OPTIMIZED)
-            await until(stack, "active", "active", within_s=40)
+            await until(stack, "active", "active", within_s=50)
 
 
 async def test_a_transition_is_waited_for() -> None:
