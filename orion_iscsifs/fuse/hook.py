@@ -103,7 +103,11 @@ class Hook:
         try:
             yield
         finally:
-            slot.put(before)
+            try:
+                slot.put(before)
+            except (Unsound, OSError) as error:
+                # What stands there instead does the same, as long as the process lives.
+                _log.info("the slot of fuse_session_new is not put back: %s", error)
 
     def reply(self, request: int, code: int) -> None:
         """Answer a request, once, with an errno (0: done)."""

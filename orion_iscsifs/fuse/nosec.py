@@ -18,6 +18,7 @@ Where this can't be done, `in_force` stays False, and the files have no extended
 import ctypes
 import logging
 import os
+import re
 from struct import Struct
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from orion_iscsifs.fuse.slots import Slot, Unsound, find_slot, loaded_library
 _log = logging.getLogger(__name__)
 
 HANDLE_KILLPRIV_V2: Final = 1 << 28
+_LINUX_MIN: Final = (5, 12)
 _OUT_HEADER: Final = Struct("=IiQ")
 _INIT_OUT: Final = Struct("=IIII")
 """The beginning of struct fuse_init_out: major, minor, max_readahead, flags."""
@@ -61,13 +63,8 @@ class InitReply:
     def install(self) -> None:
         """Never raises: without it there are no extended attributes, and the log says so."""
         self.in_force = False
-        if tuple(int(part) for part in os.uname().release.split(".")[:2] if part.isdigit()) < (
-            5,
-            12,
-        ):
-            _log.info("no extended attributes on the device files: they need Linux 5.12")
-            return
         try:
+            check_kernel(os.uname().release)
             libc = ctypes.CDLL(None, use_errno=True)
             slot = find_slot(loaded_library("libfuse3.so"), ("writev",), libc)
             self._genuine = _Writev(("writev", libc))
@@ -86,10 +83,19 @@ class InitReply:
         try:
             self.uninstall()
             self.in_force = add_flag(vectors, count)
+            if not self.in_force:
+                _log.info("no extended attributes on the device files: unknown answer to INIT")
         except Exception:
             _log.exception("the answer to FUSE_INIT")
         written: int = self._genuine(descriptor, vectors, count)
         return written
+
+
+def check_kernel(release: str) -> None:
+    """Raises Unsound if this Linux (`uname -r`) does not know FUSE_HANDLE_KILLPRIV_V2."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    if found is None or (int(found[1]), int(found[2])) < _LINUX_MIN:
+        raise Unsound(f"they need Linux {'.'.join(map(str, _LINUX_MIN))}, and this is {release}")
 
 
 def add_flag(vectors: int, count: int) -> bool:

@@ -10,7 +10,7 @@ from pyfuse3 import FUSEError, RequestContext
 
 from orion_iscsifs.config import FuseConfig
 from orion_iscsifs.fuse import nosec
-from orion_iscsifs.fuse.nosec import HANDLE_KILLPRIV_V2, InitReply, add_flag
+from orion_iscsifs.fuse.nosec import HANDLE_KILLPRIV_V2, InitReply, add_flag, check_kernel
 from orion_iscsifs.fuse.operations import DeviceFiles
 from orion_iscsifs.fuse.slots import Unsound
 from tests.fuse.conftest import MountFiles
@@ -161,6 +161,17 @@ def test_any_other_answer_is_left_alone(header: bytes, body: bytes, count: int) 
     answer = Answer(header, body)
     assert not answer.add_flag(count)
     assert answer.body.raw == body
+
+
+@pytest.mark.parametrize("release", ["5.12.0", "5.12-rc1", "6.1.0-18-amd64", "10.0"])
+def test_a_kernel_that_knows_the_flag(release: str) -> None:
+    check_kernel(release)
+
+
+@pytest.mark.parametrize("release", ["5.11.22", "4.19.0-26-amd64", "unknown", ""])
+def test_a_kernel_that_does_not(release: str) -> None:
+    with pytest.raises(Unsound, match=r"Linux 5\.12"):
+        check_kernel(release)
 
 
 def test_the_slot_is_put_back_after_one_call() -> None:

@@ -100,6 +100,18 @@ async def until(stack: Stack, *wanted: str, within_s: float = 10.0) -> None:
     assert states(stack) == list(wanted), stack.status()["paths"]
 
 
+async def until_access(stack: Stack, *wanted: str) -> None:
+    """Wait until the paths have been asked and are in these access states (ALUA)."""
+
+    def found() -> list[str | None]:
+        return [path["alua"] for path in stack.status()["paths"]]
+
+    with trio.move_on_after(10):
+        while found() != list(wanted):
+            await trio.sleep(0.02)
+    assert found() == list(wanted), stack.status()["paths"]
+
+
 async def read(device: BlockDevice, offset: int = 0, length: int = 4096) -> bytes:
     target = bytearray(length)
     await device.read_into(offset, memoryview(target))

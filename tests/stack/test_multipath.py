@@ -17,7 +17,17 @@ from orion_iscsifs.stack import open_stack
 from orion_iscsifs.target import RamDevice, Running, TargetConfig, serve
 from orion_iscsifs.testing.netsim import Direction, TcpProxy
 from orion_iscsifs.url import parse
-from tests.stack.paths import IQN, SIZE, mount, mounted, read, states, two_paths, until
+from tests.stack.paths import (
+    IQN,
+    SIZE,
+    mount,
+    mounted,
+    read,
+    states,
+    two_paths,
+    until,
+    until_access,
+)
 
 BOTH = ("active", "active")
 
@@ -297,11 +307,8 @@ async def test_access_states_are_followed_when_the_target_changes_them() -> None
         access = paths.running.targets[0].access
         access.set(2, AccessState.STANDBY)
         async with mounted(paths) as (stack, lun):
-            await until(stack, "active", "standby")
-            assert [path["alua"] for path in stack.status()["paths"]] == [
-                "active/optimized",
-                "standby",
-            ]
+            await until_access(stack, "active/optimized", "standby")
+            assert states(stack) == ["active", "standby"]
             assert stack.status()["state"] == "ok"
             await lun.write(0, b"1" * 4096)
             access.set(2, AccessState.ACTIVE_OPTIMIZED)
@@ -331,7 +338,7 @@ async def test_when_only_standby_paths_are_left_one_is_activated() -> None:
         access = paths.running.targets[0].access
         access.set(2, AccessState.STANDBY)
         async with mounted(paths) as (stack, lun):
-            await until(stack, "active", "standby")
+            await until_access(stack, "active/optimized", "standby")
             paths.proxies[0].refuse()
             await until(stack, "failed", "active")
             with trio.fail_after(10):
