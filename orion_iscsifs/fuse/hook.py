@@ -1,4 +1,4 @@
-"""`fallocate` for a FUSE binding that does not pass it on.
+"""`fallocate` for a FUSE binding that does not pass it on, and the session that it keeps to itself.
 
 Theory of operation
 -------------------
@@ -83,13 +83,15 @@ class Hook:
         self._session_new: Any = None
         self.installed = False
         """The session in use passes `fallocate` on."""
+        self.session = 0
+        """The address of libfuse's session; 0: not known."""
         # As long as the process lives: libfuse keeps the address.
         self._callback = _Fallocate(self._fallocate)
 
     @contextmanager
     def around_init(self, on_fallocate: OnFallocate) -> Iterator[None]:
         """For the time of `pyfuse3.init`. Never raises; `installed` says how it went."""
-        self._on_fallocate, self.installed = on_fallocate, False
+        self._on_fallocate, self.installed, self.session = on_fallocate, False, 0
         try:
             libfuse = ctypes.CDLL(loaded_library("libfuse3.so"))
             slot = find_slot(os.path.realpath(pyfuse3.__file__), _SessionNew, libfuse)
@@ -123,10 +125,11 @@ class Hook:
                 extended = self._extended(table, size)
             except Unsound as error:
                 _log.info("no fallocate on the device files: %s", error)
-                return int(genuine(arguments, table, size, *rest) or 0)
-            session = int(genuine(arguments, ctypes.addressof(extended), size, *rest) or 0)
-            self.installed = bool(session)
-            return session
+                self.session = int(genuine(arguments, table, size, *rest) or 0)
+            else:
+                self.session = int(genuine(arguments, ctypes.addressof(extended), size, *rest) or 0)
+                self.installed = bool(self.session)
+            return self.session
 
         self._session_new = prototype(session_new)
         return ctypes.cast(self._session_new, ctypes.c_void_p).value or 0

@@ -5,13 +5,16 @@ pyfuse3 keeps its session in globals, so a process has at most one mount.
 Two ways out of `FuseMount.serve`: somebody unmounts (umount(8), fusermount3, our own command),
 and the kernel closes the connection; or `serve` is cancelled, and the mount is detached lazily.
 Either way the devices stay open: whoever called `serve` flushes them afterwards.
+
+A third way is the death of this process. Then a new one may go on with the same mount (`takeover`),
+if the supervisor holds the FUSE device (`custody`) and a `Handover`.
 """
 
 import errno
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 from urllib.parse import quote
@@ -20,9 +23,11 @@ import pyfuse3
 import trio
 
 from orion_iscsifs.config import FuseConfig
+from orion_iscsifs.custody import FUSE, custody
 from orion_iscsifs.errors import BusyError, MountError
 from orion_iscsifs.fuse import mountpoint as mountpoints
-from orion_iscsifs.fuse import readers
+from orion_iscsifs.fuse import readers, takeover
+from orion_iscsifs.fuse.handover import Handover
 from orion_iscsifs.fuse.hook import hook
 from orion_iscsifs.fuse.kernel import KernelLimits, raise_limits
 from orion_iscsifs.fuse.nosec import init_reply
@@ -41,25 +46,39 @@ class FuseMount:
     """One mount of one file system."""
 
     def __init__(
-        self, filesystem: DeviceFiles, mountpoint: str, *, fsname: str, config: FuseConfig
+        self,
+        filesystem: DeviceFiles,
+        mountpoint: str,
+        *,
+        fsname: str,
+        config: FuseConfig,
+        handover: Handover | None = None,
+        save: Callable[[], None] = lambda: None,
     ) -> None:
-        """`mountpoint` has passed `mountpoint.check`. `fsname` is what /proc/mounts shows."""
+        """`mountpoint` has passed `mountpoint.check`. `fsname` is what /proc/mounts shows.
+
+        `handover` as for the file system: one with an `init_reply` is of a mount to be taken over.
+        """
         self.mountpoint = mountpoint
         self.limits = KernelLimits()
         self._filesystem = filesystem
         self._options = _options(fsname, config)
         self._loop = trio.CancelScope()
         self._ended = trio.Event()
-        self._device: str | None = None
-        """`major:minor` once it is mounted."""
+        self._handover = Handover() if handover is None else handover
+        self._save = save
+        self._takes_over = bool(self._handover.init_reply)
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Mount, report `started` once the files can be read, answer until it is unmounted."""
         filesystem = self._filesystem
         filesystem.reader_blocks = readers.install(self._loop.cancel)
-        self._init()
-        init_reply.install()
+        if self._takes_over:
+            self._take_over()
+        else:
+            self._init(self.mountpoint)
+            init_reply.install()
         filesystem.has_attributes = lambda: init_reply.in_force
         filesystem.invalidate = self._invalidate
         filesystem.invalidate_name = self._invalidate_name
@@ -75,7 +94,11 @@ class FuseMount:
             filesystem.invalidate_name = lambda _node: None
             # Closes the connection, and detaches the mount if it is still there.
             init_reply.uninstall()
-            pyfuse3.close(unmount=self._is_topmost())
+            custody.drop(FUSE)
+            is_topmost = self._is_topmost()
+            pyfuse3.close(unmount=is_topmost and not self._takes_over)
+            if is_topmost and self._takes_over:
+                self._detach()
             readers.uninstall()
             self._ended.set()
 
@@ -98,10 +121,10 @@ class FuseMount:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _init(self) -> None:
+    def _init(self, mountpoint: str) -> None:
         with _captured_stderr() as said, hook.around_init(self._on_fallocate):
             try:
-                pyfuse3.init(self._filesystem, self.mountpoint, self._options)
+                pyfuse3.init(self._filesystem, mountpoint, self._options)
             except RuntimeError as error:
                 failure: Exception | None = error
             else:
@@ -111,6 +134,32 @@ class FuseMount:
             # libfuse says why on stderr only: "fuse: mount failed: …", "fusermount3: …".
             why = " ".join("".join(said).split()) or str(failure)
             raise MountError(f"mount point {self.mountpoint}: {why}")
+
+    def _take_over(self) -> None:
+        """Raises MountError; the kernel's requests wait as before then."""
+        device = custody.inherit(FUSE)
+        if device is None:
+            raise MountError(f"{self.mountpoint}: nobody has kept its FUSE device")
+        self._init(f"/dev/fd/{device}")  # it is the session's now, which closes it
+        try:
+            if not hook.session or not init_reply.install(self._handover.init_reply):
+                raise MountError(f"{self.mountpoint}: libfuse can't be made to go on")
+            takeover.begin(hook.session, self._handover.init_reply)
+            if init_reply.said != self._handover.init_reply:
+                raise MountError(f"{self.mountpoint}: libfuse agrees to something else now")
+            takeover.resend(device)
+        except BaseException:
+            init_reply.uninstall()
+            pyfuse3.close(unmount=False)
+            readers.uninstall()
+            raise
+
+    def _detach(self) -> None:
+        if self._handover.device is not None and mountpoints.find(self.mountpoint) is not None:
+            try:
+                mountpoints.unmount(self.mountpoint, lazy=True)
+            except MountError as error:
+                _log.warning("%s", error)
 
     def _on_fallocate(self, request: int, inode: int, mode: int, offset: int, length: int) -> None:
         """Called while the request is read: only notes it."""
@@ -129,15 +178,29 @@ class FuseMount:
             hook.reply(request, code)
 
     async def _become_ready(self, task_status: trio.TaskStatus[None]) -> None:
-        # The kernel answers stat() only after FUSE_INIT, which resets the limits.
-        await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
-        mount = mountpoints.find(self.mountpoint)
-        if mount is not None:
-            self._device = mount.device
+        if self._takes_over:
+            task_status.started()
+            for inode in self._filesystem.device_inodes():
+                self._invalidate(inode)  # a size may have changed meanwhile
+        else:
+            # The kernel answers stat() only after FUSE_INIT, which resets the limits.
+            await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+            mount = mountpoints.find(self.mountpoint)
+            self._handover.device = None if mount is None else mount.device
+            self._hand_over()
+        if (device := self._handover.device) is not None:
             self.limits = await trio.to_thread.run_sync(
-                raise_limits, mount.device, abandon_on_cancel=True
+                raise_limits, device, abandon_on_cancel=True
             )
-        task_status.started()
+        if not self._takes_over:
+            task_status.started()
+
+    def _hand_over(self) -> None:
+        """From now on another worker may go on after our death."""
+        if hook.session and init_reply.said:
+            self._handover.init_reply = init_reply.said
+            self._save()
+            custody.keep(FUSE, takeover.session_descriptor(hook.session))
 
     async def _unmount(self) -> None:
         # In a thread: the kernel may first write back pages of ours that were mapped.
@@ -150,10 +213,10 @@ class FuseMount:
 
         A lazily detached mount lives on while its files are open.
         """
-        if self._device is None:
+        if self._handover.device is None:
             return True
         mount = mountpoints.find(self.mountpoint)
-        return mount is not None and mount.device == self._device
+        return mount is not None and mount.device == self._handover.device
 
     def _invalidate(self, inode: int) -> None:
         # Attributes only: the kernel takes this without waiting for anything of ours.

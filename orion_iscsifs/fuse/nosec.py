@@ -13,6 +13,10 @@ libfuse before 3.17 does not know the flag. Its answer to FUSE_INIT is the first
 writes, with writev(2): that one call passes through here (`slots`), and gets the flag.
 
 Where this can't be done, `in_force` stays False, and the files have no extended attributes.
+
+The answer is kept (`said`): a worker that takes the mount over makes libfuse agree to the same
+(`takeover`). That one's answer must not go to the kernel, which has asked nothing: `install` with
+`answered` swallows it.
 """
 
 import ctypes
@@ -55,14 +59,20 @@ class InitReply:
     def __init__(self) -> None:
         self.in_force = False
         """The kernel asks for security.capability once a file, not once a write."""
+        self.said = b""
+        """The answer, struct fuse_init_out; empty: not seen."""
+        self._answered: bytes | None = None
         self._slot: Slot | None = None
         self._before = 0
         self._genuine: Any = None
         self._replacement = _Writev(self._writev)
 
-    def install(self) -> None:
-        """Never raises: without it there are no extended attributes, and the log says so."""
-        self.in_force = False
+    def install(self, answered: bytes | None = None) -> bool:
+        """Never raises. False: there are no extended attributes, and the log says so.
+
+        `answered`: what the kernel was told long ago; then nothing is written to it.
+        """
+        self.in_force, self.said, self._answered = False, b"", answered
         try:
             check_kernel(os.uname().release)
             libc = ctypes.CDLL(None, use_errno=True)
@@ -72,6 +82,8 @@ class InitReply:
             self._before, self._slot = slot.put(address), slot
         except (Unsound, NotUnderstood, OSError, AttributeError) as error:
             _log.info("no extended attributes on the device files: %s", error)
+            return False
+        return True
 
     def uninstall(self) -> None:
         slot, self._slot = self._slot, None
@@ -83,8 +95,12 @@ class InitReply:
         try:
             self.uninstall()
             self.in_force = add_flag(vectors, count)
-            if not self.in_force:
+            if self.in_force:
+                self.said = _body(vectors)
+            else:
                 _log.info("no extended attributes on the device files: unknown answer to INIT")
+            if self._answered is not None:
+                return _length(vectors, count)
         except Exception:
             _log.exception("the answer to FUSE_INIT")
         written: int = self._genuine(descriptor, vectors, count)
@@ -111,6 +127,17 @@ def add_flag(vectors: int, count: int) -> bool:
         return False
     ctypes.c_uint32.from_address(body.base + _FLAGS_AT).value = flags | HANDLE_KILLPRIV_V2
     return True
+
+
+def _body(vectors: int) -> bytes:
+    """What follows the header."""
+    _, body = (_Vector * 2).from_address(vectors)
+    return ctypes.string_at(body.base, body.length)
+
+
+def _length(vectors: int, count: int) -> int:
+    """Of all that is to be written."""
+    return sum(vector.length for vector in (_Vector * count).from_address(vectors))
 
 
 init_reply: Final = InitReply()

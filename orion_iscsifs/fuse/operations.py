@@ -12,6 +12,8 @@ Decisions
   cache. Setting them is accepted, as `touch` and `cp -p` expect. Mode and owner belong to the
   mount options, so changing them is EPERM.
 * Inodes live as long as their LUN; `forget` has nothing to do.
+* A handle that an earlier worker of this mount has opened is taken for what its number says
+  (`handles`), and an inode means what it meant then (`handover`).
 """
 
 import errno
@@ -41,6 +43,8 @@ from orion_iscsifs.fuse.allocation import allocate
 from orion_iscsifs.fuse.buffers import BUFFER_BYTES, POOLED_BYTES_MIN, ReplyBuffers
 from orion_iscsifs.fuse.fixed import FixedOperations
 from orion_iscsifs.fuse.handlers import handler
+from orion_iscsifs.fuse.handles import handle_number, opened_by
+from orion_iscsifs.fuse.handover import Handover
 from orion_iscsifs.fuse.tree import Kind, Node, Tree
 
 VALID_S: Final = 3600.0
@@ -104,7 +108,15 @@ class DeviceFiles(FixedOperations):
         *,
         config: FuseConfig,
         control: Mapping[str, Content] | None = None,
+        describe: Callable[[str], Mapping[str, str]] = lambda _path: {},
+        handover: Handover | None = None,
+        save: Callable[[], None] = lambda: None,
     ) -> None:
+        """`describe`: the `user.orion.*` attributes of a device file, by their last names.
+
+        `handover`: what the kernel knows of an earlier worker's files; `save` is called after each
+        change in it.
+        """
         super().__init__()
         self.invalidate: Callable[[int], None] = lambda _inode: None
         """Tells the kernel that an inode's attributes changed; set while mounted."""
@@ -112,25 +124,33 @@ class DeviceFiles(FixedOperations):
         """Tells the kernel that a file has vanished; set while mounted."""
         self.has_attributes: Callable[[], bool] = lambda: False
         """Whether the kernel may be told of extended attributes; set while mounted."""
-        self.describe: Callable[[str], Mapping[str, str]] = lambda _path: {}
-        """The `user.orion.*` attributes of a device file, by their last names."""
+        self.describe = describe
         self._config = config
         self._control = {} if config.hide_control or control is None else dict(control)
-        self._tree = Tree(files, list(self._control))
+        self._handover = Handover() if handover is None else handover
+        self._save = save
+        self._was_served_before = bool(self._handover.inodes)
+        self._tree = Tree(
+            files,
+            list(self._control),
+            numbers=self._handover.inodes,
+            next_inode=self._handover.next_inode,
+        )
         self._files: dict[int, _File] = {}
         for node in self._tree.devices():
             self._open_file(node, files[node.path])
         self._handles: dict[int, _Handle] = {}
         self._texts: dict[int, bytes] = {}
-        self._next_handle = 1
+        # Milliseconds since the boot: hardly a number that an earlier worker has given away.
+        self._next_handle = time.monotonic_ns() // 1_000_000
         self._buffers = ReplyBuffers()
-        self._born_ns = time.time_ns()
+        self._note_files()
 
     # -- data ------------------------------------------------------------------------------------
 
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        handle = self._handles.get(fh)
+        handle = self._handles.get(fh) or self._adopted(fh)
         if handle is None:
             if fh not in self._texts:
                 raise FUSEError(errno.EBADF)
@@ -154,7 +174,7 @@ class DeviceFiles(FixedOperations):
 
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._handles.get(fh)
+        handle = self._handles.get(fh) or self._adopted(fh)
         if handle is None:
             raise FUSEError(errno.EBADF)
         file = handle.file
@@ -170,7 +190,7 @@ class DeviceFiles(FixedOperations):
 
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
-        handle = self._handles.get(fh)
+        handle = self._handles.get(fh) or self._adopted(fh)
         if handle is None:
             return
         file = handle.file
@@ -217,7 +237,8 @@ class DeviceFiles(FixedOperations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
         writes = bool(flags & (_WRITE_FLAGS | os.O_TRUNC))
-        fh = self._next_handle
+        fua = bool(flags & _FUA_FLAGS)
+        fh = handle_number(inode, fua=fua, serial=self._next_handle)
         if node.kind is Kind.VIRTUAL:
             if writes:
                 raise FUSEError(errno.EROFS)
@@ -228,11 +249,24 @@ class DeviceFiles(FixedOperations):
         file = self._files[inode]
         if writes and file.read_only:
             raise FUSEError(errno.EROFS)
-        self._handles[fh] = _Handle(
-            file, fua=bool(flags & _FUA_FLAGS), failures_told=file.flush_failures
-        )
+        self._handles[fh] = _Handle(file, fua=fua, failures_told=file.flush_failures)
         self._next_handle += 1
         return FileInfo(fh=fh, direct_io=False, keep_cache=True)
+
+    def _adopted(self, fh: int) -> _Handle | None:
+        """An open file of an earlier worker; None: not one of a device that is there."""
+        if not self._was_served_before or fh in self._texts:
+            return None
+        inode, fua = opened_by(fh)
+        node = self._tree.node(inode)
+        if node is not None and node.kind is Kind.VIRTUAL:
+            self._texts[fh] = self._control[node.name.decode()]()
+        file = self._files.get(inode)
+        if file is None:
+            return None
+        handle = _Handle(file, fua=fua, failures_told=file.flush_failures)
+        self._handles[fh] = handle
+        return handle
 
     @handler
     async def release(self, fh: int) -> None:
@@ -340,7 +374,10 @@ class DeviceFiles(FixedOperations):
 
     def add_file(self, path: str, device: BlockDevice) -> None:
         """A device file has appeared. The kernel finds it when it next asks for the name."""
+        if self._handover.disks.get(path) != self._disk(path):
+            self._tree.forget(path)
         self._open_file(self._tree.add(path), device)
+        self._note_files()
 
     def remove_file(self, path: str) -> None:
         """It has vanished. Who has it open keeps it, and gets errors."""
@@ -350,6 +387,7 @@ class DeviceFiles(FixedOperations):
             self._tree.remove(file.node)
             # Its layers are closed after this: who has the file open must not reach them.
             file.device = GoneDevice(path, file.device.geometry)
+            self._note_files()
             self.invalidate_name(file.node)
 
     def _open_file(self, node: Node, device: BlockDevice) -> None:
@@ -358,6 +396,21 @@ class DeviceFiles(FixedOperations):
             node, device, geometry.size_bytes, self._ro(geometry), Counters()
         )
         device.on_geometry_change(self._geometry_listener(node.inode))
+
+    def _note_files(self) -> None:
+        """For a worker that may take over, before the kernel hears of them."""
+        known = self._handover
+        known.inodes, known.next_inode = self._tree.numbers(), self._tree.next_inode
+        present = {node.path: self._disk(node.path) for node in self._tree.devices()}
+        known.disks = {path: known.disks[path] for path in known.disks if path in known.inodes}
+        known.disks |= present
+        self._save()
+
+    def _disk(self, path: str) -> str:
+        return self.describe(path).get("name", "")
+
+    def device_inodes(self) -> list[int]:
+        return list(self._files)
 
     # -- what others ask -------------------------------------------------------------------------
 
@@ -402,7 +455,7 @@ class DeviceFiles(FixedOperations):
         entry.entry_timeout = entry.attr_timeout = VALID_S
         entry.st_uid = os.getuid() if config.uid is None else config.uid
         entry.st_gid = os.getgid() if config.gid is None else config.gid
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._born_ns
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._handover.born_ns
         entry.st_blksize = BLOCK_BYTES
         if node.kind is Kind.FOLDER:
             entry.st_mode = stat.S_IFDIR | self._folder_mode(node)

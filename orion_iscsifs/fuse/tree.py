@@ -1,12 +1,12 @@
 """Which files the mount has: names and inode numbers. Pure.
 
 Device files come and go with their LUNs. An inode number is never used again: whoever still has the
-old file open must not reach a new one.
+old file open must not reach a new one. A worker that takes a mount over knows the numbers that the
+kernel has: a path that had one keeps it.
 """
 
 import enum
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,13 +41,24 @@ class Node:
 class Tree:
     """All nodes, by inode and by name."""
 
-    def __init__(self, devices: Iterable[str], virtual: Sequence[str] = ()) -> None:
-        """`devices` are relative paths, `virtual` names inside `.orion` (none: no `.orion`)."""
+    def __init__(
+        self,
+        devices: Iterable[str],
+        virtual: Sequence[str] = (),
+        *,
+        numbers: Mapping[str, int] | None = None,
+        next_inode: int = ROOT_INODE + 1,
+    ) -> None:
+        """`devices` are relative paths, `virtual` names inside `.orion` (none: no `.orion`).
+
+        `numbers`: the inodes that paths have had before, all of them below `next_inode`.
+        """
         root = Node(ROOT_INODE, ROOT_INODE, b"", "", Kind.FOLDER)
         self._nodes: dict[int, Node] = {ROOT_INODE: root}
         self._by_name: dict[tuple[int, bytes], Node] = {}
         self._children: dict[int, list[Node]] = {ROOT_INODE: []}
-        self._inodes = itertools.count(ROOT_INODE + 1)
+        self._numbers = dict(numbers or {})
+        self._next_inode = next_inode
         for path in devices:
             self.add(path)
         for name in virtual:
@@ -68,6 +79,16 @@ class Tree:
     def children(self, inode: int) -> Sequence[Node]:
         """In the order in which they were added."""
         return self._children.get(inode, ())
+
+    def numbers(self) -> dict[str, int]:
+        """Path → inode, of everything but the root; also of what may come back."""
+        present = {node.path: node.inode for node in self._nodes.values() if node.path}
+        return {**self._numbers, **present}
+
+    @property
+    def next_inode(self) -> int:
+        """Not used so far, as none above it."""
+        return self._next_inode
 
     def devices(self) -> list[Node]:
         return [node for node in self._nodes.values() if node.kind is Kind.DEVICE]
@@ -104,13 +125,23 @@ class Tree:
             raise MountError(f"file {existing.path!r}: there are two of this name")
         path = f"{parent.path}/{name}" if parent.path else name
         is_control = path.split("/")[0] == CONTROL_FOLDER
-        node = Node(next(self._inodes), parent.inode, encoded, path, kind, is_control)
+        node = Node(self._number(path), parent.inode, encoded, path, kind, is_control)
         self._nodes[node.inode] = node
         self._by_name[parent.inode, encoded] = node
         self._children[parent.inode].append(node)
         if kind is Kind.FOLDER:
             self._children[node.inode] = []
         return node
+
+    def _number(self, path: str) -> int:
+        known = self._numbers.pop(path, None)
+        if known is None:
+            known, self._next_inode = self._next_inode, self._next_inode + 1
+        return known
+
+    def forget(self, path: str) -> None:
+        """What comes back under this name, if anything does, is something else."""
+        self._numbers.pop(path, None)
 
 
 def _encoded(name: str) -> bytes:
