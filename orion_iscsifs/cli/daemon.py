@@ -4,6 +4,10 @@ The end always goes the same way, however it was begun (umount(8), our command, 
 the kernel's mount goes, so that no new request comes; then every device is flushed, again and
 again until it works; only then the sessions log out and the process ends. Dirty data is given up
 only on request: `umount --force`, or a second signal while it is being flushed.
+
+It runs in a worker process (`cli/supervisor.py`). If that is killed, a new one begins here again,
+with `custody` full of what the dead one has left: it opens the data path as the kernel knows it
+(`cli/reopening.py`) and goes on with the same mount.
 """
 
 import json
@@ -13,19 +17,23 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import trio
 
 from orion_iscsifs.block.device import BlockDevice
+from orion_iscsifs.cli.reopening import MountGone, patience_s, reopened
 from orion_iscsifs.cli.report import Exit, Failed, orion_error
 from orion_iscsifs.cli.trimming import trim
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.config.places import create_private, runtime_dir
 from orion_iscsifs.config.render import to_toml
+from orion_iscsifs.custody import custody
 from orion_iscsifs.errors import MountError, OrionError
 from orion_iscsifs.fuse.control import control_files
+from orion_iscsifs.fuse.handover import Handover
 from orion_iscsifs.fuse.mount import FuseMount
 from orion_iscsifs.fuse.operations import DeviceFiles
 from orion_iscsifs.monitor import control, metrics
@@ -41,7 +49,10 @@ ABANDONED_S: Final = 5.0
 CLOSE_S: Final = 20.0
 """How long logging out may take once everything is durable."""
 PROGRESS_S: Final = 0.2
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FORWARDED: Final = signal.SIGUSR1
+"""The supervisor has got one of `SIGNALS`. Not that one itself: the same signal may have been sent
+to all processes of a service, and must not count twice."""
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stack(Protocol):
@@ -75,20 +86,30 @@ class Daemon:
         self._open_stack = open_stack
         self._scope = trio.CancelScope()
         self._abandon = trio.Event()
-        self._signals = 0
         self._state: str | None = None
         self._failure: Exception | None = None
         self._lost_bytes = 0
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Return when everything is over; `ready` is called once the files can be read."""
+        known = Handover.of(custody)
         with self._scope:
-            async with self._open_stack(self._source, self._config, self._mountpoint) as stack:
-                await self._serve(stack, ready)
+            try:
+                async with self._opened(known) as stack:
+                    await self._serve(stack, known or Handover(), ready)
+            except MountGone as error:
+                _log.info("%s: %s", self._mountpoint, error)
         if self._lost_bytes:
             raise Failed(f"{self._mountpoint}: {self._lost_bytes} bytes given up", Exit.FAILED)
 
-    async def _serve(self, stack: Stack, ready: Callable[[], None]) -> None:
+    def _opened(self, known: Handover | None) -> AbstractAsyncContextManager[Stack]:
+        """The data path; `known`: of a mount that an earlier worker has left."""
+        opened = partial(self._open_stack, self._source, self._config, self._mountpoint)
+        if known is None:
+            return opened()
+        return reopened(opened, known.disks, custody, patience_s=patience_s(self._config))
+
+    async def _serve(self, stack: Stack, known: Handover, ready: Callable[[], None]) -> None:
         self._stack = stack
         self._filesystem = DeviceFiles(
             stack.files,
@@ -98,14 +119,18 @@ class Daemon:
                 metrics=lambda: metrics.prometheus_text(self.status()),
                 config=to_toml(self._config, self._source.redacted()),
             ),
+            describe=stack.describe,
+            handover=known,
+            save=known.saver(custody),
         )
-        self._filesystem.describe = stack.describe
         stack.on_files_change(self._file_changed)
         self._mount = FuseMount(
             self._filesystem,
             self._mountpoint,
             fsname=self._source.redacted(),
             config=self._config.fuse,
+            handover=known,
+            save=known.saver(custody),
         )
         path = control.socket_path(create_private(runtime_dir()), self._mountpoint)
         async with trio.open_nursery() as nursery:
@@ -114,6 +139,7 @@ class Daemon:
             await nursery.start(self._serve_mount)
             try:
                 _log.info("%s is mounted on %s", self._source, self._mountpoint)
+                custody.resumed()
                 ready()
                 await self._mount.wait_ended()
             finally:
@@ -168,11 +194,12 @@ class Daemon:
 
     async def _watch_signals(self, nursery: trio.Nursery) -> None:
         """The first one unmounts and flushes, the second gives up what can't be written."""
-        with trio.open_signal_receiver(*_SIGNALS) as received:
+        count = {True: 0, False: 0}
+        with trio.open_signal_receiver(*SIGNALS, FORWARDED) as received:
             async for number in received:
-                self._signals += 1
+                count[number == FORWARDED] += 1
                 _log.info("%s", signal.Signals(number).name)
-                if self._signals > 1:
+                if max(count.values()) > 1:
                     self._give_up()
                 elif self._state is None:
                     self._state = "unmounting"
@@ -236,6 +263,8 @@ class Daemon:
             state=self._state,
             stack=known,
             kernel=self._mount.limits.as_dict(),
+            supervisor_pid=custody.supervisor_pid,
+            takeovers=custody.takeovers,
         )
 
     def _status_text(self) -> str:

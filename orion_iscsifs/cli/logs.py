@@ -20,7 +20,7 @@ LOG_BYTES_MAX: Final = 1 << 20
 
 
 def configure(state: Path, mountpoint: str, *, foreground: bool, debug: bool) -> None:
-    """Set up the root logger of this process."""
+    """Set up the root logger of this process; another time begins a file that was turned anew."""
     handler: logging.Handler
     if foreground:
         handler = logging.StreamHandler()
@@ -35,7 +35,9 @@ def configure(state: Path, mountpoint: str, *, foreground: bool, debug: bool) ->
         )
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    before, root.handlers[:] = root.handlers[:], [handler]
+    for one in before:
+        one.close()
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     # One line per request at DEBUG: of no use, and far too slow.
     logging.getLogger("pyfuse3").setLevel(logging.INFO)

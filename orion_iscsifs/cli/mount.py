@@ -18,7 +18,7 @@ from orion_iscsifs.config.places import create_private, runtime_dir, state_dir
 from orion_iscsifs.config.sources import Words, gather, merge, parse_query
 from orion_iscsifs.config.words import help_lines
 from orion_iscsifs.errors import MountError, UsageError
-from orion_iscsifs.monitor.control import socket_path
+from orion_iscsifs.monitor.control import lock_path
 
 if TYPE_CHECKING:
     from orion_iscsifs.cli.daemon import OpenStack
@@ -122,12 +122,30 @@ def _body(
         import trio
 
         from orion_iscsifs.cli import daemon, logs
+        from orion_iscsifs.cli.supervisor import Supervisor
 
-        logs.configure(state_dir(), mountpoint, foreground=foreground, debug=verbosity.debug)
         chosen = open_stack or _real_stack()
-        trio.run(daemon.Daemon(source, mountpoint, config, chosen).run, ready)
+
+        def work(ready: Callable[[], None]) -> None:
+            trio.run(daemon.Daemon(source, mountpoint, config, chosen).run, ready)
+
+        def configure_log() -> None:
+            logs.configure(state_dir(), mountpoint, foreground=foreground, debug=verbosity.debug)
+
+        lock_path(runtime_dir(), mountpoint).write_text(str(os.getpid()))
+        Supervisor(mountpoint, _obstacle(config), work, configure_log, foreground).run(ready)
 
     return body
+
+
+def _obstacle(config: MountConfig) -> str | None:
+    """Why a new process must not go on with this mount when the present one dies."""
+    from orion_iscsifs.fuse import takeover
+
+    if not config.survives_the_worker:
+        mode = config.cache.mode.value
+        return f"cache={mode} may have had acknowledged writes in memory only"
+    return takeover.obstacle(os.uname().release)
 
 
 def _real_stack() -> "OpenStack":
@@ -140,11 +158,12 @@ def _real_stack() -> "OpenStack":
 def _only_daemon(folder: Path, mountpoint: str) -> Iterator[None]:
     """Hold the mount point's lock; the daemon inherits it and holds it until it has ended.
 
+    Supervisor and workers have it; the number of the supervisor's process is written there.
+
     An earlier daemon may still write back after umount2(2), which waits for nobody. A new mount
     must not read the target before that is done.
     """
-    path = socket_path(folder, mountpoint).with_suffix(".lock")
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(lock_path(folder, mountpoint), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + EARLIER_DAEMON_S
         while True:

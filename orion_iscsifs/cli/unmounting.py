@@ -2,15 +2,16 @@
 
 The order matters. Flushing comes first, while the mount still stands: if the target can't take the
 data, the user is told and the mount is as it was. After the unmount the daemon flushes what came in
-between, and its end, seen through a pidfd, is what says that the data is safe.
+between, and its end, seen through pidfds, is what says that the data is safe: the end of its worker
+and that of its supervisor, which comes last.
 """
 
 import os
 import select
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -88,13 +89,12 @@ def _interrupted(mountpoint: str) -> Failed:
 def _end(
     mountpoint: str,
     client: ControlClient,
-    process: int,
+    process: "_Process",
     deadline: _Deadline,
     *,
     mounted: bool,
     force: bool,
 ) -> None:
-    """`process` is the daemon's pidfd."""
     flushed = True
     if mounted:
         flushed = _flush(mountpoint, client, deadline, force=force)
@@ -115,7 +115,7 @@ def _end(
         mountpoints.unmount(mountpoint, lazy=True)
 
 
-def _detach(mountpoint: str, process: int, *, flushed: bool) -> None:
+def _detach(mountpoint: str, process: "_Process", *, flushed: bool) -> None:
     """Unmount, whoever uses it; what can't be done now is done once the daemon has gone."""
     try:
         mountpoints.unmount(mountpoint)
@@ -125,19 +125,19 @@ def _detach(mountpoint: str, process: int, *, flushed: bool) -> None:
         warn(f"{mountpoint} was in use; its users see an error from now on")
         if flushed:
             # Detached lazily, it lives on while it is used: the daemon has to be told to end.
-            _tell(process, signal.SIGTERM)
+            process.tell(signal.SIGTERM)
     except MountError as error:
         warn(str(error))
 
 
 def _await_end(
-    mountpoint: str, client: ControlClient, process: int, timeout_s: float | None
+    mountpoint: str, client: ControlClient, process: "_Process", timeout_s: float | None
 ) -> bool:
     """Whether the daemon ended in time. Raises `Failed` if it hangs; None waits while it works."""
     deadline, told, mute_s = _Deadline(timeout_s), False, 0.0
     while True:
         left_s = deadline.left_s()
-        if _exited(process, CHECK_S if left_s is None else min(left_s, CHECK_S)):
+        if process.exited(CHECK_S if left_s is None else min(left_s, CHECK_S)):
             return True
         if left_s is not None and left_s <= CHECK_S:
             return False
@@ -205,7 +205,7 @@ def flush_with_progress(client: ControlClient, *, timeout_s: float | None = None
                 raise MountError(f"{left} bytes are not on the target after {timeout_s:g} s")
 
 
-def _abandon(mountpoint: str, client: ControlClient, process: int) -> None:
+def _abandon(mountpoint: str, client: ControlClient, process: "_Process") -> None:
     lost: object = "unknown"
     patience_s = ABANDON_TIMEOUT_S
     try:
@@ -214,9 +214,9 @@ def _abandon(mountpoint: str, client: ControlClient, process: int) -> None:
         patience_s = 0.0
     except MountError:
         pass  # it is ending already
-    if not _exited(process, patience_s):
-        _tell(process, signal.SIGKILL)
-        if not _exited(process, KILLED_S):
+    if not process.exited(patience_s):
+        process.tell(signal.SIGKILL)
+        if not process.exited(KILLED_S):
             warn(f"umount {mountpoint}: the kernel does not end the killed daemon")
     warn(f"umount {mountpoint}: given up, bytes that never reached the target: {lost}")
 
@@ -244,22 +244,54 @@ def _unmount_unseen(mountpoint: str, *, force: bool) -> None:
     warn(f"umount {mountpoint}: its control socket was not found, so its end was not awaited")
 
 
+class _Process:
+    """The processes of a daemon, by pidfds: a number may be given to another process, these not."""
+
+    def __init__(self, worker: int, supervisor: int | None) -> None:
+        """`supervisor` is the parent: who tells it to end tells both."""
+        self._all = [worker] if supervisor is None else [supervisor, worker]
+
+    def tell(self, number: signal.Signals) -> None:
+        """SIGKILL to all of them, any other to the first, which hands it on."""
+        for process in self._all if number is signal.SIGKILL else self._all[:1]:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, number)
+
+    def exited(self, timeout_s: float | None) -> bool:
+        """Whether all of them have ended, which is awaited."""
+        deadline = _Deadline(timeout_s)
+        return all(_exited(process, deadline.left_s()) for process in self._all)
+
+
 @contextmanager
-def _process(client: ControlClient) -> Iterator[int]:
-    """A pidfd of the daemon: its number may be given to another process, this may not."""
-    try:
-        process = os.pidfd_open(client.pid())
-    except OSError as error:
-        raise MountError(f"the daemon: {error.strerror}", advice="try again") from None
-    try:
-        yield process
-    finally:
-        os.close(process)
+def _process(client: ControlClient) -> Iterator[_Process]:
+    """Raises MountError."""
+    with ExitStack() as opened:
+
+        def pidfd(pid: int) -> int:
+            process = os.pidfd_open(pid)
+            opened.callback(os.close, process)
+            return process
+
+        try:
+            supervisor = client.supervisor_pid()
+            worker = client.pid()
+            if supervisor is None or supervisor == worker:
+                found = _Process(pidfd(worker), None)
+            else:
+                found = _Process(*_both(pidfd, worker, supervisor))
+        except OSError as error:
+            raise MountError(f"the daemon: {error.strerror}", advice="try again") from None
+        yield found
 
 
-def _tell(process: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, number)
+def _both(pidfd: Callable[[int], int], worker: int, supervisor: int) -> tuple[int, int]:
+    """A worker that has just died is no obstacle: another one is on its way."""
+    parent = pidfd(supervisor)
+    try:
+        return pidfd(worker), parent
+    except ProcessLookupError:
+        return parent, parent
 
 
 def _exited(process: int, timeout_s: float | None) -> bool:

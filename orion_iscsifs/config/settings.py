@@ -144,6 +144,11 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     readahead: Literal["auto", "off"] | int = "auto"
     """`auto`, `off`, or the largest window in bytes."""
 
+    @property
+    def survives_the_worker(self) -> bool:
+        """Whether nothing that was acknowledged is lost with the process that has the cache."""
+        return self.mode in {CacheMode.NONE, CacheMode.WRITETHROUGH}
+
 
 class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the file system appears."""
@@ -191,3 +196,8 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     reserve: ReserveConfig = ReserveConfig()
     cache: CacheConfig = CacheConfig()
     fuse: FuseConfig = FuseConfig()
+
+    @property
+    def survives_the_worker(self) -> bool:
+        """Whether another process may go on with the mount when this one dies."""
+        return self.fuse.read_only or self.cache.survives_the_worker

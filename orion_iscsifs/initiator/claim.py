@@ -3,6 +3,9 @@
 The lock (flock(2)) is the kernel's, so a daemon that dies holds nothing. The file's text says who
 has it, for the one who is turned away. A daemon that is unmounting says so there: a new mount then
 waits for its last flush instead of being refused.
+
+The supervisor of a mount that may be taken over holds the lock too (`custody`): between two workers
+nobody else gets the LUN, and the later one learns from the text whether it was reserved.
 """
 
 import fcntl
@@ -16,6 +19,7 @@ from typing import Final
 
 import trio
 
+from orion_iscsifs.custody import CLAIM, custody
 from orion_iscsifs.errors import BusyError
 from orion_iscsifs.initiator.identity import open_lock
 from orion_iscsifs.initiator.keys import lun_stem
@@ -29,9 +33,17 @@ _TEXT_BYTES_MAX: Final = 8192
 class Claim:
     """A LUN that is ours on this host."""
 
-    def __init__(self, lock: int, mountpoint: str) -> None:
+    def __init__(self, lock: int, mountpoint: str, *, was_reserved: bool = False) -> None:
         self._lock = lock
         self._mountpoint = mountpoint
+        self.was_reserved: Final = was_reserved
+        """An earlier worker of this mount held the device's reservation when it died."""
+        self._reserved = was_reserved
+        self._say(unmounting=False)
+
+    def reserved(self) -> None:
+        """The device's reservation is ours."""
+        self._reserved = True
         self._say(unmounting=False)
 
     def unmounting(self) -> None:
@@ -40,7 +52,12 @@ class Claim:
 
     def _say(self, *, unmounting: bool) -> None:
         text = json.dumps(
-            {"mountpoint": self._mountpoint, "pid": os.getpid(), "unmounting": unmounting}
+            {
+                "mountpoint": self._mountpoint,
+                "pid": os.getpid(),
+                "unmounting": unmounting,
+                "reserved": self._reserved,
+            }
         ).encode()
         # Longer than any other text of ours would be cut off first, so no mixture can be read.
         os.ftruncate(self._lock, 0)
@@ -56,12 +73,23 @@ async def hold_lun(
     Waits up to `patience_s` for a daemon that is unmounting. Raises BusyError, which names the
     other mount, or MountError when the state directory can't be written.
     """
-    lock = open_lock(state_dir / "claims" / f"{lun_stem(lun_name)}.lock")
+    stem = lun_stem(lun_name)
+    lock = custody.inherit(CLAIM + stem)
+    if lock is not None:
+        claim = Claim(lock, mountpoint, was_reserved=bool(_other(lock).get("reserved")))
+    else:
+        lock = open_lock(state_dir / "claims" / f"{stem}.lock")
+        try:
+            await _take(lock, lun_name, patience_s)
+            claim = Claim(lock, mountpoint)
+        except BaseException:
+            os.close(lock)
+            raise
+        custody.keep(CLAIM + stem, lock)
     try:
-        await _take(lock, lun_name, patience_s)
-        yield Claim(lock, mountpoint)
+        yield claim
     finally:
-        os.close(lock)
+        custody.release(CLAIM + stem, lock)
 
 
 async def _take(lock: int, lun_name: str, patience_s: float) -> None:

@@ -6,6 +6,10 @@ must survive a restart; and two live sessions to one target portal group must no
 (the ISID rule, §4.4.3). So each host keeps 24 random bits, and each session to a target takes the
 lowest qualifier (the last 16 bits of the ISID, §11.12.5) whose lock file nobody holds: after a
 crash the same mount finds the same ISID again.
+
+A worker that takes a mount over must have the very ISID that the dead one had on the same path: its
+login ends the dead one's session, so that no late write of that can land any more. The supervisor
+has kept the lock for it (`custody`), under the name of the path.
 """
 
 import fcntl
@@ -19,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from orion_iscsifs.custody import ISID, custody
 from orion_iscsifs.errors import BusyError, MountError
 
 SYSTEM_NAME_FILE: Final = Path("/etc/iscsi/initiatorname.iscsi")
@@ -88,26 +93,51 @@ def _unusable(folder: Path, error: OSError) -> MountError:
     )
 
 
+def session_stem(target_name: str) -> str:
+    """The name of a target's locks in the state directory, and of what is kept of them."""
+    return hashlib.sha256(target_name.encode()).hexdigest()[:16]
+
+
 @contextmanager
-def hold_isid(state_dir: Path, target_name: str) -> Iterator[bytes]:
+def hold_isid(state_dir: Path, target_name: str, path: str = "") -> Iterator[bytes]:
     """An ISID (6 bytes) that no other live session of this host to the target uses.
 
-    It is free again when the context ends or the process dies. Raises BusyError when all
-    qualifiers are taken, MountError when the state directory can't be written.
+    It is free again when the context ends or the process dies; with `path`, which tells the
+    sessions of this mount to the target apart, only when the mount's supervisor dies. Raises
+    BusyError when all qualifiers are taken, MountError when the state directory can't be written.
     """
     bits = _host_bits(state_dir)
-    stem = hashlib.sha256(target_name.encode()).hexdigest()[:16]
-    locks = state_dir / "sessions"
+    stem = session_stem(target_name)
+    name, qualifier, lock = _inherited(stem, path) or _lowest_free(state_dir, target_name, stem)
+    if path and not name:
+        name = f"{ISID}{stem}/{qualifier}/{path}"
+        custody.keep(name, lock)
+    try:
+        yield bytes((_TYPE_RANDOM,)) + bits + qualifier.to_bytes(2, "big")
+    finally:
+        if name:
+            custody.release(name, lock)
+        else:
+            os.close(lock)
+
+
+def _inherited(stem: str, path: str) -> tuple[str, int, int] | None:
+    """Name, qualifier and lock of the same path of an earlier worker."""
+    for name in custody.waiting(f"{ISID}{stem}/"):
+        _, _, qualifier, held_by = name.split("/", 3)
+        lock = custody.inherit(name) if path and held_by == path else None
+        if lock is not None:
+            return name, int(qualifier), lock
+    return None
+
+
+def _lowest_free(state_dir: Path, target_name: str, stem: str) -> tuple[str, int, int]:
     for qualifier in range(_SESSIONS_MAX):
-        lock = open_lock(locks / f"{stem}-{qualifier}.lock")
+        lock = open_lock(state_dir / "sessions" / f"{stem}-{qualifier}.lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            continue
-        try:
-            yield bytes((_TYPE_RANDOM,)) + bits + qualifier.to_bytes(2, "big")
-        finally:
-            os.close(lock)
-        return
+        else:
+            return "", qualifier, lock
     raise BusyError(f"{target_name}: this host has {_SESSIONS_MAX} sessions to it already")

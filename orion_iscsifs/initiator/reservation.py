@@ -98,13 +98,16 @@ class Reservation:
 
     # -- taking and giving back --------------------------------------------------------------
 
-    async def take(self) -> None:
+    async def take(self, *, resumes: bool = False) -> None:
         """Register and reserve. Raises BusyError, which names who has it, or a DeviceError.
 
         A device without persistent reservations is used without one, unless they are required.
+        `resumes`: an earlier process of this mount had it; ReservationConflict if it was lost.
         """
         try:
             await self._ask_abilities()
+            if resumes:
+                await self._check_kept()
             await self._converge(self._unit, preempt=self._config.preempt)
         except (NotSupported, ScsiError) as error:
             if not _means_unsupported(error):
@@ -211,6 +214,16 @@ class Reservation:
             raise self._lost(str(error)) from None
         self._check_loss()
         self._watched.write_guard = None
+
+    async def _check_kept(self) -> None:
+        """As after a new login, when the keys of this mount are known from the device alone."""
+        seen = await self._look(self._unit)
+        ours = frozenset(key for key in seen.keys if self._keys.is_ours(key))
+        own = Own(self._keys, self.key, ours - {self.key})
+        if is_lost(seen, own, persistent=self._aptpl):
+            key = foreign_key(seen, own)
+            whom = "another initiator" if key is None else await self._named(self._unit, key)
+            raise self._lost(f"LUN {self._number}: the reservation was taken by {whom}")
 
     def _check_loss(self) -> None:
         """Another check, after a later login, may have found it lost meanwhile."""

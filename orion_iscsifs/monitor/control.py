@@ -3,9 +3,12 @@
 A Unix socket of mode 0600 per mount, in the runtime folder. JSON lines: a request is
 `{"op": …}`; the answers to it are any number of lines without `"ok"`, which tell the progress, and
 one with `"ok": true` or `"ok": false, "error": …`. It works also while the mount itself hangs.
+
+The socket outlives a worker (`custody`): who connects while there is none waits for the next.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -22,6 +25,7 @@ from typing import Any, Final
 
 import trio
 
+from orion_iscsifs.custody import CONTROL, custody
 from orion_iscsifs.errors import MountError, OrionError
 
 _log = logging.getLogger(__name__)
@@ -49,6 +53,11 @@ def socket_path(folder: Path, mountpoint: str) -> Path:
     return folder / f"{digest[:24]}.sock"
 
 
+def lock_path(folder: Path, mountpoint: str) -> Path:
+    """The file that a daemon has locked with flock(2) as long as any process of it lives."""
+    return socket_path(folder, mountpoint).with_suffix(".lock")
+
+
 # -- the daemon's side ---------------------------------------------------------------------------
 
 
@@ -74,11 +83,16 @@ async def serve(
         )
     finally:
         listener.close()
+        custody.drop(CONTROL)
         _remove(path, inode)
 
 
 def _bind(path: Path) -> socket.socket:
     """A listening socket. It gets its name last: a client never finds one that does not listen."""
+    if (inherited := custody.inherit(CONTROL)) is not None:
+        listener = socket.socket(fileno=inherited)
+        listener.listen()  # from now on it is ours that clients see as the peer (unix(7))
+        return listener
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     draft = path.with_suffix(".new")
     try:
@@ -88,6 +102,7 @@ def _bind(path: Path) -> socket.socket:
         draft.chmod(stat.S_IRUSR | stat.S_IWUSR)
         listener.listen()
         draft.rename(path)
+        custody.keep(CONTROL, listener.fileno())
     except BaseException:
         listener.close()
         raise
@@ -187,11 +202,21 @@ class ControlClient:
             return False
 
     def pid(self) -> int:
-        """The daemon's process. Raises OSError without one."""
+        """The process that answers, the worker. Raises OSError without one."""
         with self._connected() as connection:
             peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
             pid: int = _PEER.unpack(peer)[0]
             return pid
+
+    def supervisor_pid(self) -> int | None:
+        """The process that ends last; None if there is none besides `pid`."""
+        try:
+            with self.path.with_suffix(".lock").open("rb") as file:
+                if _is_locked(file.fileno()):
+                    return int(file.read(32))
+        except (OSError, ValueError):
+            pass
+        return None
 
     def request(
         self, op: str, *, timeout_s: float = SILENCE_MAX_S, on: Message | None = None
@@ -230,6 +255,14 @@ class ControlClient:
             with _short_name(self.path) as name:
                 connection.connect(name)
             yield connection
+
+
+def _is_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def clients(folder: Path) -> list[ControlClient]:

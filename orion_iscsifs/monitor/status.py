@@ -50,6 +50,8 @@ def mount_status(
     state: str | None,
     stack: Mapping[str, Any],
     kernel: Mapping[str, int | None] | None = None,
+    supervisor_pid: int | None = None,
+    takeovers: int | None = None,
 ) -> Status:
     """One entry of `mounts`. `state` None: what the stack says. `source` is redacted."""
     sessions = [_complete(session, SESSION_KEYS) for session in stack.get("sessions", ())]
@@ -57,6 +59,8 @@ def mount_status(
         "mountpoint": mountpoint,
         "source": source,
         "pid": pid,
+        "supervisor_pid": supervisor_pid,
+        "takeovers": takeovers,
         "state": state or stack.get("state") or _state(sessions),
         "luns": [_complete(lun, LUN_KEYS) for lun in stack.get("luns", ())],
         "sessions": sessions,

@@ -3,6 +3,10 @@
 First the lock of this host (`initiator.claim`), which may have to wait for the last flush of an
 older mount; then the device's persistent reservation (`initiator.reservation`) against other hosts.
 A read-only mount, or one with `reserve=off`, takes neither.
+
+A worker that takes a mount over goes on with the reservation of the one before, or not at all: if
+somebody else may have written meanwhile, what the kernel still has to write may not be written.
+While it is still trying, the registrations stay at the device.
 """
 
 from collections.abc import AsyncIterator
@@ -11,6 +15,7 @@ from typing import Any
 
 from orion_iscsifs.config import MountConfig, ReserveMode
 from orion_iscsifs.config.places import create_private, state_dir
+from orion_iscsifs.custody import custody
 from orion_iscsifs.errors import PathInaccessible, ReservationConflict
 from orion_iscsifs.initiator.claim import Claim, hold_lun
 from orion_iscsifs.initiator.commands import LogicalUnit
@@ -40,13 +45,16 @@ class Exclusive:
         )
         self._reservations.append(reservation)
         try:
-            await reservation.take()
+            await reservation.take(resumes=self._claim.was_reserved)
+            if reservation.is_held:
+                self._claim.reserved()
             # The disk may have been another mount's until now. A path in standby can't tell.
             with suppress(PathInaccessible):
                 await disk.refresh()
         except BaseException:
             self._reservations.remove(reservation)
-            await reservation.release()
+            if not custody.is_takeover:
+                await reservation.release()
             raise
         reservation.watch(disk)
         return reservation
@@ -112,7 +120,8 @@ async def hold(disk: LunDevice, config: MountConfig, mountpoint: str) -> AsyncIt
             await exclusive.join(disk)
             yield exclusive
         finally:
-            await exclusive.release()
+            if not custody.is_takeover:
+                await exclusive.release()
 
 
 def _reservation(session: Session, number: int, name: str, config: MountConfig) -> Reservation:

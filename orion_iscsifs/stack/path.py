@@ -25,7 +25,11 @@ class SessionPath(AbstractAsyncContextManager[object]):
     async def __aenter__(self) -> Self:
         """Raises what the first login raises, with nothing left open."""
         async with AsyncExitStack() as layers:
-            isid = layers.enter_context(hold_isid(create_private(state_dir()), self._target_name))
+            # The same path has the same ISID in a worker that takes over.
+            name = f"{self._portal} {self._config.bind or ''}"
+            isid = layers.enter_context(
+                hold_isid(create_private(state_dir()), self._target_name, name)
+            )
             nexus = Nexus(target_name=self._target_name, isid=isid, config=self._config)
             self.session = await layers.enter_async_context(open_session(self._portal, nexus))
             self._layers = layers.pop_all()

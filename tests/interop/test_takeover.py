@@ -1,0 +1,354 @@
+"""A worker that dies is a pause: another one goes on with the same mount, if that is safe."""
+
+import contextlib
+import os
+import random
+import signal
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orion_iscsifs.fuse import takeover
+from orion_iscsifs.fuse.mountpoint import unmount
+from orion_iscsifs.testing.netsim import TcpProxy
+from orion_iscsifs.testing.programs import run, wait_until
+from tests.interop.conftest import MEBIBYTE, TgtDisk
+from tests.interop.product import (
+    Product,
+    abandon,
+    alive,
+    get,
+    is_mounted,
+    loop_device,
+    pattern,
+    put,
+)
+from tests.interop.test_outages import Traffic, timed
+
+OBSTACLE = takeover.obstacle(os.uname().release)
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.interop("tgtd", "tgtadm"),
+    pytest.mark.skipif(OBSTACLE is not None, reason=f"takeover: {OBSTACLE}"),
+]
+HUNG_S = 90.0
+SECTOR_BYTES = 512
+STAMP = struct.Struct("<QQ")
+
+
+@pytest.fixture(autouse=True)
+def watchdog(product: Product) -> Iterator[None]:
+    """A mount that hangs would hang the test, uninterruptibly: its daemon is killed in time."""
+
+    def end() -> None:
+        for lock in (product.home / "run").glob("*.lock"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(lock.read_text()), signal.SIGKILL)
+
+    timer = threading.Timer(HUNG_S, end)
+    timer.start()
+    yield
+    timer.cancel()
+
+
+def log_of(product: Product) -> str:
+    return "".join(path.read_text() for path in (product.home / "state" / "log").glob("*.log"))
+
+
+def supervisor_of(product: Product, mountpoint: Path) -> int:
+    found = product.status(mountpoint).get("supervisor_pid")
+    assert isinstance(found, int)
+    return found
+
+
+def takeovers(product: Product, mountpoint: Path) -> int:
+    found = product.status(mountpoint).get("takeovers")
+    assert isinstance(found, int)
+    return found
+
+
+def worker_of(supervisor: int) -> int | None:
+    """The worker, without asking the mount; None between two."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text(encoding="ascii")
+    living = [int(word) for word in children.split() if alive(int(word))]
+    return living[0] if living else None
+
+
+def kill_worker(supervisor: int) -> None:
+    """And return when the next one has begun."""
+    wait_until(lambda: worker_of(supervisor) is not None, what="a worker", timeout_s=30)
+    victim = worker_of(supervisor)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    wait_until(
+        lambda: worker_of(supervisor) not in {victim, None}, what="the next worker", timeout_s=30
+    )
+
+
+@contextlib.contextmanager
+def in_front(*words: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program beside the test, killed at the end if it is still there."""
+    with subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
+@pytest.mark.parametrize("cache", ["none", "writethrough"])
+def test_traffic_goes_on(product: Product, tgt_disk: TgtDisk, cache: str) -> None:
+    """Direct I/O while the worker is killed at random moments: no error, and the right data."""
+    chosen = random.Random(51)
+    with product.mounted(tgt_disk.url, f"cache={cache}", "cache_size=4M") as mountpoint:
+        (before,) = product.status(mountpoint)["sessions"]
+        supervisor = supervisor_of(product, mountpoint)
+        with Traffic(mountpoint / tgt_disk.name) as traffic:
+            for _ in range(5):
+                traffic.wait_for_requests(30)
+                time.sleep(chosen.random() / 5)
+                kill_worker(supervisor)
+            traffic.wait_for_requests(50)
+        (after,) = product.status(mountpoint)["sessions"]
+        assert after["isid"] == before["isid"]
+        assert takeovers(product, mountpoint) == 5
+        product.umount(mountpoint)
+        assert not alive(supervisor)
+    content = tgt_disk.backing.read_bytes()
+    assert content[: len(traffic.model)] == traffic.model
+
+
+def stamped(offset: int, turn: int, length: int) -> bytes:
+    """Every sector says where it is and when it was written."""
+    sectors = range(offset, offset + length, SECTOR_BYTES)
+    return b"".join(STAMP.pack(place, turn).ljust(SECTOR_BYTES, b"s") for place in sectors)
+
+
+def test_buffered_writers_and_an_open_file(product: Product, tgt_disk: TgtDisk) -> None:
+    """Through the page cache, with files that the first worker has opened; each sector checked."""
+    chosen = random.Random(52)
+    length, size = 64 * 1024, 16 * MEBIBYTE
+    turns: dict[int, int] = {}
+    with product.mounted(tgt_disk.url, "cache=writethrough") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        file = os.open(mountpoint / tgt_disk.name, os.O_RDWR)
+        durable = os.open(mountpoint / tgt_disk.name, os.O_RDWR | os.O_DSYNC)
+        listing = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        inode = os.fstat(file).st_ino
+        try:
+            for turn in range(1, 201):
+                offset = chosen.randrange(size // length) * length
+                turns[offset] = turn
+                descriptor = durable if turn % 7 == 0 else file
+                data = stamped(offset, turn, length)
+                assert os.pwrite(descriptor, data, offset) == length
+                if turn % 11 == 0:
+                    os.fsync(file)
+                if turn % 50 == 0:
+                    kill_worker(supervisor)
+            assert os.fstat(file).st_ino == inode
+            assert tgt_disk.name in os.listdir(listing)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            for offset, turn in turns.items():
+                assert os.pread(file, length, offset) == stamped(offset, turn, length)
+        finally:
+            for descriptor in (file, durable, listing):
+                os.close(descriptor)
+        (mountpoint / ".orion" / "status.json").read_text()
+    content = tgt_disk.backing.read_bytes()
+    for offset, turn in turns.items():
+        assert content[offset : offset + length] == stamped(offset, turn, length)
+
+
+def test_other_ways_to_die(product: Product, tgt_disk: TgtDisk) -> None:
+    with product.mounted(tgt_disk.url, "cache=none") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        for turn, number in enumerate((signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL), 1):
+            victim = product.pid(mountpoint)
+            os.kill(victim, number)
+            data = pattern(4096, seed=turn)
+            put(mountpoint / tgt_disk.name, data, sync=True)
+            assert get(mountpoint / tgt_disk.name, 4096) == data
+            assert product.pid(mountpoint) != victim
+        # What pyfuse3 does not know is hooked in the new worker too.
+        zeroed = ("--zero-range", "--keep-size", "--length", "4096")
+        run(["fallocate", *zeroed, mountpoint / tgt_disk.name])
+        assert not any(get(mountpoint / tgt_disk.name, 4096))
+        assert supervisor_of(product, mountpoint) == supervisor
+    assert f"was killed by {signal.SIGSEGV.name}" in log_of(product)
+
+
+def test_read_only_mounts_are_taken_over(product: Product, tgt_disk: TgtDisk) -> None:
+    tgt_disk.backing.write_bytes(pattern(tgt_disk.size_bytes))
+    with (
+        product.mounted(tgt_disk.url, "ro", "readahead=off") as mountpoint,
+        (mountpoint / tgt_disk.name).open("rb", buffering=0) as file,
+    ):
+        os.kill(product.pid(mountpoint), signal.SIGKILL)
+        file.seek(MEBIBYTE)
+        assert file.read(MEBIBYTE) == tgt_disk.backing.read_bytes()[MEBIBYTE : 2 * MEBIBYTE]
+
+
+@pytest.mark.loop
+def test_a_file_system_survives(product: Product, tgt_disk: TgtDisk) -> None:
+    """ext4 on a loop device: a journal write that fails would make it read-only."""
+    inside = product.home / "ext4"
+    inside.mkdir()
+    with product.mounted(tgt_disk.url, "cache=writethrough") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        with loop_device(mountpoint / tgt_disk.name) as device:
+            run(["mkfs.ext4", "-q", device])
+            run(["mount", device, inside])
+            try:
+                files = {f"f{index}": pattern(200_000, seed=index) for index in range(24)}
+                for index, (name, data) in enumerate(files.items()):
+                    with (inside / name).open("wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    if index % 6 == 3:
+                        kill_worker(supervisor)
+                Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
+                for name, data in files.items():
+                    assert (inside / name).read_bytes() == data
+                (inside / "still writable").write_bytes(b"yes")
+            finally:
+                run(["umount", inside])
+            run(["fsck.ext4", "-f", "-n", device])
+
+
+def test_writeback_is_not_taken_over(product: Product, tgt_disk: TgtDisk) -> None:
+    with product.mounted(tgt_disk.url, "cache=writeback") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        put(mountpoint / tgt_disk.name, pattern(4096))
+        os.kill(product.pid(mountpoint), signal.SIGKILL)
+        wait_until(lambda: not alive(supervisor), what="end of the supervisor")
+        error, seconds = timed(lambda: get(mountpoint / tgt_disk.name, 512, MEBIBYTE))
+        assert error is not None
+        assert seconds < 5
+        assert "killed by SIGKILL; the mount ends with it: cache=writeback" in log_of(product)
+        said = product("umount", mountpoint).stderr
+        assert "its daemon had died" in said
+
+
+def test_a_worker_that_always_dies_is_given_up(product: Product, tgt_disk: TgtDisk) -> None:
+    """Nothing hangs: requests end with an error, and the dead mount can be unmounted."""
+    with product.mounted(tgt_disk.url, "cache=none") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        deadline = time.monotonic() + 60
+        with in_front("dd", f"if={mountpoint / tgt_disk.name}", "bs=1M", "iflag=direct") as reader:
+            while alive(supervisor):
+                assert time.monotonic() < deadline, "not given up"
+                with contextlib.suppress(OSError, FileNotFoundError):
+                    if (worker := worker_of(supervisor)) is not None:
+                        os.kill(worker, signal.SIGKILL)
+                time.sleep(0.01)
+            reader.wait(10)
+        error, _ = timed(lambda: get(mountpoint / tgt_disk.name, 512, MEBIBYTE))
+        assert error is not None
+        assert "6 times within 60 s: the mount is given up" in log_of(product)
+        product("umount", mountpoint)
+        assert not is_mounted(mountpoint)
+
+
+Proxied = tuple[TgtDisk, TcpProxy, str]
+
+
+def test_the_target_is_away_at_that_time(product: Product, proxied_disk: Proxied) -> None:
+    """The pause lasts until it is back; and status, asked then, is answered after it."""
+    disk, proxy, url = proxied_disk
+    with product.mounted(url, "cache=none", "login_timeout=3") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        proxy.refuse()
+        kill_worker(supervisor)
+        file = mountpoint / disk.name
+        words = ("if=/dev/zero", f"of={file}", "bs=4k", "count=1", "conv=notrunc,fsync")
+        with in_front("dd", *words, "status=none") as writer:
+            time.sleep(2.0)
+            assert writer.poll() is None
+            proxy.accept()
+            assert writer.wait(30) == 0
+        assert takeovers(product, mountpoint) == 1
+        assert "requests are held, trying again" in log_of(product)
+
+
+def test_it_is_given_up_after_replacement_timeout(product: Product, proxied_disk: Proxied) -> None:
+    disk, proxy, url = proxied_disk
+    with product.mounted(url, "cache=none", "replacement_timeout=1") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        proxy.refuse()
+        kill_worker(supervisor)
+        wait_until(lambda: not alive(supervisor), what="end of the supervisor", timeout_s=40)
+        error, _ = timed(lambda: get(mountpoint / disk.name, 512, MEBIBYTE))
+        assert error is not None
+        proxy.accept()
+
+
+def test_umount_right_after_a_kill(product: Product, tgt_disk: TgtDisk) -> None:
+    data = pattern(4096, seed=55)
+    with product.mounted(tgt_disk.url, "cache=writethrough") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        put(mountpoint / tgt_disk.name, data)
+        os.kill(product.pid(mountpoint), signal.SIGKILL)
+        product("umount", mountpoint)
+        assert not is_mounted(mountpoint)
+        assert not alive(supervisor)
+    assert tgt_disk.backing.read_bytes()[:4096] == data
+    with product.mounted(tgt_disk.url) as mountpoint:  # nothing is left locked or reserved
+        assert get(mountpoint / tgt_disk.name, 4096) == data
+
+
+def test_umount2_while_there_is_no_worker(product: Product, proxied_disk: Proxied) -> None:
+    """Who unmounts past us leaves nothing to take over: nobody tries any longer."""
+    _, proxy, url = proxied_disk
+    with product.mounted(url, "cache=none") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        proxy.refuse()
+        kill_worker(supervisor)
+        unmount(str(mountpoint), lazy=True)
+        wait_until(lambda: not alive(supervisor), what="end of the daemon", timeout_s=30)
+        assert not is_mounted(mountpoint)
+
+
+@pytest.mark.parametrize("whom", ["worker", "supervisor", "both"])
+def test_sigterm_after_a_takeover(product: Product, tgt_disk: TgtDisk, whom: str) -> None:
+    with product.mounted(tgt_disk.url, "cache=none") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        kill_worker(supervisor)
+        worker = product.pid(mountpoint)
+        chosen = {"worker": [worker], "supervisor": [supervisor], "both": [supervisor, worker]}
+        for pid in chosen[whom]:
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not (alive(supervisor) or alive(worker)), what="end", timeout_s=20)
+        assert not is_mounted(mountpoint)
+    assert "given up" not in log_of(product)
+
+
+def test_the_death_of_the_supervisor_ends_both(product: Product, tgt_disk: TgtDisk) -> None:
+    with product.mounted(tgt_disk.url, "cache=none") as mountpoint:
+        worker, supervisor = product.pid(mountpoint), supervisor_of(product, mountpoint)
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: not alive(worker), what="end of the worker", timeout_s=10)
+        abandon(mountpoint)
+
+
+def test_in_the_foreground(product: Product, tgt_disk: TgtDisk) -> None:
+    mountpoint = product.new_mountpoint()
+    words = ("mount", tgt_disk.url, mountpoint, "-f", "-o", "cache=none")
+    with product.start(*words) as program:
+        try:
+            program.wait_until(lambda: (mountpoint / "lun1").exists())
+            supervisor = supervisor_of(product, mountpoint)
+            assert supervisor == program.pid
+            kill_worker(supervisor)
+            put(mountpoint / "lun1", pattern(4096), sync=True)
+            program.send_signal(signal.SIGINT)
+            assert program.wait(20) == 0, program.log_tail()
+            assert "taken over by process" in program.log_tail()
+        finally:
+            abandon(mountpoint)
+    assert tgt_disk.backing.read_bytes()[:4096] == pattern(4096)
