@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import trio
 
+from orion_iscsifs.background import background
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cli.reopening import MountGone, patience_s, reopened
 from orion_iscsifs.cli.report import Exit, Failed, orion_error
@@ -89,16 +89,25 @@ class Daemon:
         self._state: str | None = None
         self._failure: Exception | None = None
         self._lost_bytes = 0
+        self._is_open: trio.Event | None = None
+        """Of a mount that is taken over: its data path is there. None: it was there before."""
+        self._awaited = Handover()
+        """What is to be opened again."""
+        self._control = trio.CancelScope()
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Return when everything is over; `ready` is called once the files can be read."""
         known = Handover.of(custody)
         with self._scope:
-            try:
-                async with self._opened(known) as stack:
-                    await self._serve(stack, known or Handover(), ready)
-            except MountGone as error:
-                _log.info("%s: %s", self._mountpoint, error)
+            async with background() as nursery:
+                if known is not None:
+                    self._is_open, self._awaited = trio.Event(), known
+                    await nursery.start(self._serve_control)
+                try:
+                    async with self._opened(known) as stack:
+                        await self._serve(stack, known or Handover(), ready)
+                except MountGone as error:
+                    _log.info("%s: %s", self._mountpoint, error)
         if self._lost_bytes:
             raise Failed(f"{self._mountpoint}: {self._lost_bytes} bytes given up", Exit.FAILED)
 
@@ -132,10 +141,12 @@ class Daemon:
             handover=known,
             save=known.saver(custody),
         )
-        path = control.socket_path(create_private(runtime_dir()), self._mountpoint)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals, nursery)
-            await nursery.start(self._serve_control, path)
+            if self._is_open is not None:
+                self._is_open.set()
+            else:
+                await nursery.start(self._serve_control)
             await nursery.start(self._serve_mount)
             try:
                 _log.info("%s is mounted on %s", self._source, self._mountpoint)
@@ -150,6 +161,7 @@ class Daemon:
                     self._mount.terminate()
                     await self._mount.wait_ended()
                     await self._drain()
+            self._control.cancel()
             nursery.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
@@ -184,11 +196,15 @@ class Daemon:
                 raise MountError(f"mount {self._mountpoint}: ended by a signal")
 
     async def _serve_control(
-        self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
+        path = control.socket_path(create_private(runtime_dir()), self._mountpoint)
         operations = {"status": self._op_status, "flush": self._op_flush, "abandon": self._op_end}
         operations_on = {"trim": self._op_trim}
-        await control.serve(path, operations, operations_on=operations_on, task_status=task_status)
+        with self._control:
+            await control.serve(
+                path, operations, operations_on=operations_on, task_status=task_status
+            )
 
     # -- ending ----------------------------------------------------------------------------------
 
@@ -250,6 +266,8 @@ class Daemon:
 
     def status(self) -> Status:
         """One entry of the status document."""
+        if self._is_open is not None and not self._is_open.is_set():
+            return self._status_before()
         known = dict(self._stack.status())
         counters = self._filesystem.counters()
         known["luns"] = [
@@ -263,6 +281,18 @@ class Daemon:
             state=self._state,
             stack=known,
             kernel=self._mount.limits.as_dict(),
+            supervisor_pid=custody.supervisor_pid,
+            takeovers=custody.takeovers,
+        )
+
+    def _status_before(self) -> Status:
+        """While the data path of a mount is opened again."""
+        return mount_status(
+            mountpoint=self._mountpoint,
+            source=self._source.redacted(),
+            pid=os.getpid(),
+            state="recovering",
+            stack={"luns": [{"name": path} for path in sorted(self._awaited.disks)]},
             supervisor_pid=custody.supervisor_pid,
             takeovers=custody.takeovers,
         )
@@ -285,6 +315,8 @@ class Daemon:
         failure: OrionError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(progress)
+            if self._is_open is not None:
+                await self._is_open.wait()
             try:
                 await self._flush_all()
             except* OrionError as group:
@@ -295,10 +327,15 @@ class Daemon:
         return {"dirty_bytes": dirty_bytes(self.status())}
 
     async def _op_trim(self, request: control.Message, send: control.Send) -> control.Message:
+        if self._is_open is not None:
+            await self._is_open.wait()
         read_only = self._config.fuse.read_only
         return await trim(self._stack.files, request, send, read_only=read_only)
 
     async def _op_end(self, _send: control.Send) -> control.Message:
         lost = dirty_bytes(self.status())
-        self._give_up()
+        if self._is_open is None or self._is_open.is_set():
+            self._give_up()
+        else:
+            self._scope.cancel()  # nothing is dirty, and the mount is not ours yet
         return {"dirty_bytes": lost}

@@ -207,7 +207,7 @@ Proxied = tuple[TgtDisk, TcpProxy, str]
 
 
 def test_the_target_is_away_at_that_time(product: Product, proxied_disk: Proxied) -> None:
-    """The pause lasts until it is back; and status, asked then, is answered after it."""
+    """The pause lasts until it is back. Commands work meanwhile, or wait."""
     disk, proxy, url = proxied_disk
     with product.mounted(url, "cache=none", "login_timeout=3") as mountpoint:
         supervisor = supervisor_of(product, mountpoint)
@@ -216,9 +216,15 @@ def test_the_target_is_away_at_that_time(product: Product, proxied_disk: Proxied
         file = mountpoint / disk.name
         words = ("if=/dev/zero", f"of={file}", "bs=4k", "count=1", "conv=notrunc,fsync")
         with in_front("dd", *words, "status=none") as writer:
-            time.sleep(2.0)
+            wait_until(lambda: "trying again" in log_of(product), what="a first try")
+            status = product.status(mountpoint)
+            assert status["state"] == "recovering"
+            assert [lun["name"] for lun in status["luns"]] == [disk.name]
+            refused = product("umount", mountpoint, "--timeout", "1", code=1).stderr
+            assert "still mounted" in refused
             assert writer.poll() is None
             proxy.accept()
+            product("flush", mountpoint)
             assert writer.wait(30) == 0
         assert takeovers(product, mountpoint) == 1
         assert "requests are held, trying again" in log_of(product)
@@ -234,6 +240,19 @@ def test_it_is_given_up_after_replacement_timeout(product: Product, proxied_disk
         error, _ = timed(lambda: get(mountpoint / disk.name, 512, MEBIBYTE))
         assert error is not None
         proxy.accept()
+
+
+def test_force_while_the_target_is_away(product: Product, proxied_disk: Proxied) -> None:
+    disk, proxy, url = proxied_disk
+    with product.mounted(url, "cache=none") as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        proxy.refuse()
+        kill_worker(supervisor)
+        with in_front("dd", f"if={mountpoint / disk.name}", "bs=1M", "iflag=direct") as reader:
+            product("umount", mountpoint, "--force", "--timeout", "1")
+            assert not is_mounted(mountpoint)
+            assert not alive(supervisor)
+            assert reader.wait(10) != 0
 
 
 def test_umount_right_after_a_kill(product: Product, tgt_disk: TgtDisk) -> None:
