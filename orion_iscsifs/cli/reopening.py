@@ -23,7 +23,8 @@ import trio
 from orion_iscsifs.cli.report import orion_error
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.custody import FUSE, ISID, Custody
-from orion_iscsifs.errors import BusyError, MountError, OrionError, ReservationConflict
+from orion_iscsifs.errors import BusyError, MountError, ReservationConflict
+from orion_iscsifs.fuse.handover import disk_of
 from orion_iscsifs.fuse.takeover import is_gone
 from orion_iscsifs.initiator.budget import LoginPolicy
 from orion_iscsifs.initiator.identity import session_stem
@@ -68,7 +69,7 @@ async def reopened(
     *,
     patience_s: float,
 ) -> AsyncIterator[S]:
-    """The complete data path. `disks`: path → name of what was there.
+    """The complete data path. `disks`: path → `disk_of` what was there.
 
     Raises the OrionError of the last try, or MountGone.
     """
@@ -125,11 +126,7 @@ def _missing(stack: Opened, disks: Mapping[str, str], custody: Custody) -> Itera
     for path, disk in disks.items():
         if path not in stack.files:
             yield f"{path} is not there"
-        elif (found := stack.describe(path).get("name", "")) != disk:
-            raise _another(path, disk, found)
-
-
-def _another(path: str, disk: str, found: str) -> OrionError:
-    return MountError(
-        f"take the mount over: {path} is another disk now ({found or 'without a name'}, was {disk})"
-    )
+        elif (found := disk_of(stack.describe(path))) != disk:
+            raise MountError(
+                f"take the mount over: {path} is another disk now ({found}; it was {disk})"
+            )

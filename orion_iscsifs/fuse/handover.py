@@ -7,7 +7,7 @@ that a worker that dies in the middle of it leaves the former one.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Self
 
 import msgspec
@@ -18,13 +18,22 @@ from orion_iscsifs.fuse.tree import ROOT_INODE
 _BYTES_MAX: Final = 64 << 20
 
 
+def disk_of(described: Mapping[str, str]) -> str:
+    """What tells the disk behind a file from others, given the file's `user.orion.*` attributes.
+
+    Another size is no other disk; another length of the blocks is.
+    """
+    name, block = described.get("name") or "without a name", described.get("block_size", "?")
+    return f"{name}, blocks of {block} bytes"
+
+
 class Handover(msgspec.Struct, kw_only=True):
     """Changed in place; `save` after each change, before the kernel can see it."""
 
     inodes: dict[str, int] = {}
     """Path → inode, of everything in the tree but the root."""
     disks: dict[str, str] = {}
-    """Path → what tells the disk behind a device file from all others."""
+    """Path of a device file → `disk_of` it."""
     next_inode: int = ROOT_INODE + 1
     """Never used so far."""
     born_ns: int = msgspec.field(default_factory=time.time_ns)

@@ -44,7 +44,7 @@ from orion_iscsifs.fuse.buffers import BUFFER_BYTES, POOLED_BYTES_MIN, ReplyBuff
 from orion_iscsifs.fuse.fixed import FixedOperations
 from orion_iscsifs.fuse.handlers import handler
 from orion_iscsifs.fuse.handles import handle_number, opened_by
-from orion_iscsifs.fuse.handover import Handover
+from orion_iscsifs.fuse.handover import Handover, disk_of
 from orion_iscsifs.fuse.tree import Kind, Node, Tree
 
 VALID_S: Final = 3600.0
@@ -407,7 +407,7 @@ class DeviceFiles(FixedOperations):
         self._save()
 
     def _disk(self, path: str) -> str:
-        return self.describe(path).get("name", "")
+        return disk_of(self.describe(path))
 
     def device_inodes(self) -> list[int]:
         return list(self._files)

@@ -14,7 +14,7 @@ import pytest
 from orion_iscsifs.fuse.mountpoint import unmount
 from orion_iscsifs.testing.netsim import TcpProxy
 from orion_iscsifs.testing.programs import run, wait_until
-from tests.interop.conftest import MEBIBYTE, TgtDisk
+from tests.interop.conftest import MEBIBYTE, Disk, TgtDisk
 from tests.interop.product import (
     Product,
     abandon,
@@ -112,20 +112,21 @@ def test_buffered_writers_and_an_open_file(product: Product, tgt_disk: TgtDisk) 
         assert content[offset : offset + length] == stamped(offset, turn, length)
 
 
-def test_other_ways_to_die(product: Product, tgt_disk: TgtDisk) -> None:
-    with product.mounted(tgt_disk.url, "cache=none") as mountpoint:
+def test_other_ways_to_die(product: Product, disk: Disk) -> None:
+    """On each of the three targets."""
+    with product.mounted(disk.url, "cache=none") as mountpoint:
         supervisor = supervisor_of(product, mountpoint)
         for turn, number in enumerate((signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL), 1):
             victim = product.pid(mountpoint)
             os.kill(victim, number)
             data = pattern(4096, seed=turn)
-            put(mountpoint / tgt_disk.name, data, sync=True)
-            assert get(mountpoint / tgt_disk.name, 4096) == data
+            put(mountpoint / disk.name, data, sync=True)
+            assert get(mountpoint / disk.name, 4096) == data
             assert product.pid(mountpoint) != victim
         # What pyfuse3 does not know is hooked in the new worker too.
         zeroed = ("--zero-range", "--keep-size", "--length", "4096")
-        run(["fallocate", *zeroed, mountpoint / tgt_disk.name])
-        assert not any(get(mountpoint / tgt_disk.name, 4096))
+        run(["fallocate", *zeroed, mountpoint / disk.name])
+        assert not any(get(mountpoint / disk.name, 4096))
         assert supervisor_of(product, mountpoint) == supervisor
     assert f"was killed by {signal.SIGSEGV.name}" in log_of(product)
 
