@@ -21,6 +21,7 @@ from array import array
 from typing import Any, Final
 
 MESSAGE_BYTES_MAX: Final = 16384
+NOTE_BYTES_MAX: Final = 1024
 _ANCILLARY_BYTES: Final = socket.CMSG_LEN(array("i").itemsize)
 
 FUSE: Final = "fuse"
@@ -31,6 +32,8 @@ CONTROL: Final = "control"
 """The listening control socket."""
 ISID: Final = "isid/"
 """And target, qualifier, path: the lock of `initiator.identity.hold_isid`."""
+GROUP: Final = "group/"
+"""And target, qualifier: the target portal group of that session, a note."""
 CLAIM: Final = "claim/"
 """And the LUN: the lock of `initiator.claim.hold_lun`."""
 
@@ -62,6 +65,20 @@ class Custody:
         """From now on the supervisor has it too, in place of what had the name before."""
         if self._keeps:
             self.tell([descriptor], keep=name)
+
+    def note(self, name: str, text: str) -> None:
+        """As `keep`, of a few words."""
+        file = os.memfd_create("orion-iscsifs")
+        try:
+            os.write(file, text.encode())
+            self.keep(name, file)
+        finally:
+            os.close(file)
+
+    def noted(self, name: str) -> str | None:
+        """What an earlier worker has noted; None: nothing."""
+        file = self._inherited.get(name)
+        return None if file is None else os.pread(file, NOTE_BYTES_MAX, 0).decode()
 
     def inherit(self, name: str) -> int | None:
         """What an earlier worker has kept; it is the caller's now, who releases or closes it."""

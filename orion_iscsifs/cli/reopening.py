@@ -3,8 +3,9 @@
 The kernel holds the mount's requests meanwhile, as it would in an outage, and for as long:
 `replacement_timeout`. Nothing is answered before the data path is *complete*:
 
-* every ISID of the dead worker is logged in again. That ends its sessions at the target, so that
-  none of its writes, still on their way, can land after one of ours (RFC 7143 §6.3.5);
+* every session of the dead worker has been ended at the target, by a new login of its path or
+  through another one (`stack/inherited.py`), so that none of its writes, still on their way, can
+  land after one of ours;
 * every device file is there again, and is the same disk.
 
 What only an administrator can mend (another disk, a reservation that was lost, a wrong secret) is
@@ -16,24 +17,23 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import trio
 
 from orion_iscsifs.cli.report import orion_error
 from orion_iscsifs.config import MountConfig
-from orion_iscsifs.custody import FUSE, ISID, Custody
+from orion_iscsifs.custody import FUSE, Custody
 from orion_iscsifs.errors import BusyError, MountError, ReservationConflict
 from orion_iscsifs.fuse.handover import disk_of
 from orion_iscsifs.fuse.takeover import is_gone
 from orion_iscsifs.initiator.budget import LoginPolicy
-from orion_iscsifs.initiator.identity import session_stem
 
 _log = logging.getLogger(__name__)
 
 PATIENCE_MIN_S: Final = 10.0
 """Even with `replacement_timeout=0`: nobody else can serve the mount."""
-LOOK_S: Final = 0.1
+LOOK_S: Final = 0.25
 PROBLEMS_SHOWN_MAX: Final = 3
 
 
@@ -49,7 +49,7 @@ class Opened(Protocol):
 
     def describe(self, path: str) -> Mapping[str, str]: ...
 
-    def status(self) -> Mapping[str, Any]: ...
+    async def end_earlier(self) -> list[str]: ...
 
 
 S = TypeVar("S", bound=Opened)
@@ -76,7 +76,7 @@ async def reopened(
     until = trio.current_time() + patience_s
     async with AsyncExitStack() as layers:
         stack = await _opened(open_stack, layers, until, custody)
-        while problems := list(_missing(stack, disks, custody)):
+        while problems := [*await _living(stack), *_missing(stack, disks)]:
             if trio.current_time() >= until:
                 shown = "; ".join(problems[:PROBLEMS_SHOWN_MAX])
                 raise MountError(f"take the mount over: {shown}")
@@ -111,18 +111,14 @@ async def _opened(
         await trio.sleep(decision.wait_s)
 
 
-def _missing(stack: Opened, disks: Mapping[str, str], custody: Custody) -> Iterator[str]:
-    """What the data path still lacks, in words. Raises MountError for another disk."""
-    sessions = stack.status().get("sessions", ())
-    alive = {
-        (session_stem(session["target"]), int(session["isid"][-4:], 16))
-        for session in sessions
-        if "isid" in session
-    }
-    for name in custody.heirlooms(ISID):
-        _, stem, qualifier, path = name.split("/", 3)
-        if (stem, int(qualifier)) not in alive:
-            yield f"the earlier session of path {path.strip()} is not ended yet"
+async def _living(stack: Opened) -> list[str]:
+    return [
+        f"the earlier session of path {path} is not ended yet" for path in await stack.end_earlier()
+    ]
+
+
+def _missing(stack: Opened, disks: Mapping[str, str]) -> Iterator[str]:
+    """Files that are not there, in words. Raises MountError for another disk."""
     for path, disk in disks.items():
         if path not in stack.files:
             yield f"{path} is not there"

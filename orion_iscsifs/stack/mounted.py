@@ -5,9 +5,11 @@ from typing import Any, Final
 
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import MountConfig
+from orion_iscsifs.custody import custody
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.stack import status
 from orion_iscsifs.stack.describe import describe
+from orion_iscsifs.stack.inherited import EarlierSessions, path_of
 from orion_iscsifs.stack.unit import Unit
 from orion_iscsifs.stack.ways import Ways
 
@@ -26,6 +28,7 @@ class Stack:
         self.ways: list[Ways] = []
         """Of each target with several paths."""
         self._listeners: list[FileListener] = []
+        self._earlier = EarlierSessions(custody)
 
     @property
     def files(self) -> dict[str, BlockDevice]:
@@ -44,6 +47,14 @@ class Stack:
         self.units.remove(unit)
         for listener in self._listeners:
             listener(unit.path, None)
+
+    async def end_earlier(self) -> list[str]:
+        """Try to end what a dead worker has left; the paths whose sessions may still live."""
+        living = self._earlier.living(self.sessions)
+        if living and self.sessions:
+            await self._earlier.end(self.sessions)
+            living = self._earlier.living(self.sessions)
+        return [path_of(name) for name in living]
 
     def unmounting(self) -> None:
         """The end has begun: a new mount of the same LUNs may wait for it."""

@@ -6,9 +6,18 @@ from typing import Self
 
 from orion_iscsifs.config import SessionConfig
 from orion_iscsifs.config.places import create_private, state_dir
+from orion_iscsifs.custody import GROUP, custody
 from orion_iscsifs.initiator.dial import Nexus, Portal
-from orion_iscsifs.initiator.identity import hold_isid
+from orion_iscsifs.initiator.identity import hold_isid, session_stem
 from orion_iscsifs.initiator.session import Session, open_session
+
+
+def group_note(stem: str, isid: bytes) -> str:
+    """The name in `custody` of the portal group that a session belongs to.
+
+    `stem`: `session_stem` of its target.
+    """
+    return f"{GROUP}{stem}/{int.from_bytes(isid[-2:], 'big')}"
 
 
 class SessionPath(AbstractAsyncContextManager[object]):
@@ -32,6 +41,9 @@ class SessionPath(AbstractAsyncContextManager[object]):
             )
             nexus = Nexus(target_name=self._target_name, isid=isid, config=self._config)
             self.session = await layers.enter_async_context(open_session(self._portal, nexus))
+            group = self.session.parameters.target_portal_group_tag
+            if group is not None:
+                custody.note(group_note(session_stem(self._target_name), isid), str(group))
             self._layers = layers.pop_all()
         return self
 

@@ -70,6 +70,9 @@ class FakeStack:
     def unmounting(self) -> None:
         """Nobody waits for it."""
 
+    async def end_earlier(self) -> list[str]:
+        return []
+
     def describe(self, path: str) -> dict[str, str]:
         return {"name": path}
 

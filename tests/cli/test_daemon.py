@@ -81,6 +81,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
         def unmounting(self) -> None:
             """Nobody waits for it."""
 
+        async def end_earlier(self) -> list[str]:
+            return []
+
         def describe(self, path: str) -> Mapping[str, str]:
             return {"name": path}
 

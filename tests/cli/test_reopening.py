@@ -3,7 +3,6 @@
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 import trio
@@ -11,7 +10,7 @@ import trio.testing
 
 from orion_iscsifs.cli.reopening import MountGone, patience_s, reopened
 from orion_iscsifs.config import MountConfig, SessionConfig
-from orion_iscsifs.custody import FUSE, ISID, Custody
+from orion_iscsifs.custody import FUSE, Custody
 from orion_iscsifs.errors import (
     AuthenticationFailed,
     BusyError,
@@ -21,9 +20,6 @@ from orion_iscsifs.errors import (
     ReservationConflict,
 )
 from orion_iscsifs.fuse.handover import disk_of
-from orion_iscsifs.initiator.identity import session_stem
-
-TARGET = "iqn.2024-01.org.example:disk"
 
 
 def disks(**names: str) -> dict[str, str]:
@@ -34,13 +30,13 @@ class Stack:
     def __init__(self) -> None:
         self.files: dict[str, object] = {"lun1": object()}
         self.names = {"lun1": "naa.1", "lun2": "naa.2"}
-        self.sessions: list[dict[str, Any]] = []
+        self.earlier: list[str] = []
 
     def describe(self, path: str) -> Mapping[str, str]:
         return {"name": self.names[path]}
 
-    def status(self) -> Mapping[str, Any]:
-        return {"sessions": self.sessions}
+    async def end_earlier(self) -> list[str]:
+        return self.earlier
 
 
 class Opener:
@@ -61,12 +57,6 @@ class Opener:
             yield self.stack
         finally:
             self.closed = True
-
-
-def inheriting(*names: str) -> Custody:
-    made = Custody()
-    made._heirlooms = frozenset(names)
-    return made
 
 
 async def test_it_is_tried_until_the_target_is_back(autojump_clock: trio.testing.MockClock) -> None:
@@ -106,21 +96,19 @@ async def test_what_a_retry_is_not_good_for(
 
 async def test_every_earlier_session_is_ended_first(autojump_clock: trio.testing.MockClock) -> None:
     opener = Opener()
-    stem = session_stem(TARGET)
-    custody = inheriting(f"{ISID}{stem}/0/h:3260 ", f"{ISID}{stem}/1/h:3261 eth0", FUSE)
-    opener.stack.sessions.append({"target": TARGET, "isid": "800102030000"})
+    opener.stack.earlier = ["h:3261 eth0"]
 
     async def second_path() -> None:
         await trio.sleep(7)
-        opener.stack.sessions.append({"target": TARGET, "isid": "800102030001"})
+        opener.stack.earlier = []
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(second_path)
-        async with reopened(opener, {}, custody, patience_s=60):
-            assert trio.current_time() == pytest.approx(7, abs=0.2)
-    opener.stack.sessions.pop()
+        async with reopened(opener, {}, Custody(), patience_s=60):
+            assert trio.current_time() == pytest.approx(7, abs=0.3)
+    opener.stack.earlier = ["h:3261 eth0"]
     with pytest.raises(MountError, match=r"path h:3261 eth0 is not ended yet"):
-        async with reopened(opener, {}, custody, patience_s=5):
+        async with reopened(opener, {}, Custody(), patience_s=5):
             pass
 
 
