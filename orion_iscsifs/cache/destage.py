@@ -19,10 +19,10 @@ from typing import Final
 import trio
 
 from orion_iscsifs.block.device import BlockDevice, check_request
+from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.cache.dirty import DirtyFrames, Extent
-from orion_iscsifs.cache.flushing import DeviceFlusher
 from orion_iscsifs.cache.frames import Frame, FrameTable
 from orion_iscsifs.cache.staging import STAGING_BYTES, StagingBuffers
 from orion_iscsifs.cache.statistics import CacheStatistics
@@ -59,7 +59,7 @@ class Destager:
         """A worker has been woken and has not looked yet."""
         self._timer = trio.lowlevel.ParkingLot()
         self._staging = StagingBuffers(keep_max=WORKERS)
-        self._flusher = DeviceFlusher(device)
+        self._flusher = SharedFlush(device.flush)
         self.books = DirtyFrames(
             table,
             exclusion,
