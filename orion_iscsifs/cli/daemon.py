@@ -52,6 +52,8 @@ class Stack(Protocol):
 
     def on_files_change(self, listener: Callable[[str, BlockDevice | None], None]) -> None: ...
 
+    async def drain(self) -> None: ...
+
     def unmounting(self) -> None: ...
 
     def describe(self, path: str) -> Mapping[str, str]: ...
@@ -185,7 +187,7 @@ class Daemon:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._cancel_when_abandoned, nursery.cancel_scope)
-                    await self._flush_all()
+                    await self._stack.drain()
                     nursery.cancel_scope.cancel()
                     _log.info("everything is durable on the target")
                     self._scope.deadline = trio.current_time() + CLOSE_S
@@ -209,11 +211,6 @@ class Daemon:
     async def _cancel_when_abandoned(self, scope: trio.CancelScope) -> None:
         await self._abandon.wait()
         scope.cancel()
-
-    async def _flush_all(self) -> None:
-        async with trio.open_nursery() as nursery:
-            for device in self._stack.files.values():
-                nursery.start_soon(device.flush)
 
     def _give_up(self) -> None:
         self._abandon.set()
@@ -257,7 +254,7 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(progress)
             try:
-                await self._flush_all()
+                await self._stack.drain()
             except* OrionError as group:
                 failure = orion_error(group)
             nursery.cancel_scope.cancel()

@@ -74,7 +74,7 @@ class LogStore:
         self.on_failure: Callable[[], object] = lambda: None
         self.room = trio.lowlevel.ParkingLot()
         """Unparked when a segment has been prepared, or none ever will."""
-        self.store_id: Final = int.from_bytes(block.store[-8:], "little")
+        self.store_id = _store_id(block)
         self.next_seq = 0
         self.durable = 0
         """Every record with a smaller sequence number is durable."""
@@ -147,6 +147,18 @@ class LogStore:
                 advice="`orion-iscsifs cache drop` gives it up, with what is in it",
             ) from None
         return store
+
+    def restart(self, block: Superblock) -> None:
+        """As after `create`, in the files that are there: nothing in them counts any more.
+
+        Blocks; raises LogError.
+        """
+        try:
+            self.write_superblock(block)
+            self.write_superblock(block)
+        except OSError as error:
+            raise self._fail("writing the superblock", error) from None
+        self.store_id = _store_id(block)
 
     def scan(self) -> Scan:
         """Of all segments; blocks while its records are iterated over."""
@@ -434,6 +446,11 @@ def drop(folder: Path) -> None:
             os.close(lock)
     except OSError as error:
         raise LogError(f"log {folder}: can't be removed: {error.strerror}") from None
+
+
+def _store_id(block: Superblock) -> int:
+    """What each record repeats."""
+    return int.from_bytes(block.store[-8:], "little")
 
 
 def _lock(folder: Path) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
+from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheMode
 from orion_iscsifs.initiator.connection import Connection
 from orion_iscsifs.initiator.outage import State
@@ -59,13 +60,23 @@ def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:
         "block_size": geometry.logical_block_bytes,
         "read_only": geometry.read_only,
         "cache": mode.value,
-        "dirty_bytes": statistics.dirty_bytes if statistics else 0,
-        "oldest_dirty_age_s": unit.cache.oldest_dirty_age_s if unit.cache is not None else None,
-        "log": None,
+        "dirty_bytes": unit.dirty_bytes,
+        "oldest_dirty_age_s": unit.oldest_dirty_age_s,
+        "log": None if unit.log is None else log_status(unit.log),
         "tier": None,
         "cache_hits": statistics.hits if statistics else 0,
         "cache_misses": statistics.misses if statistics else 0,
         "reservation": unit.exclusive.status() if unit.exclusive is not None else None,
+    }
+
+
+def log_status(log: WriteLog) -> dict[str, Any]:
+    block = log.store.superblock
+    return {
+        "dir": str(log.store.folder),
+        "size_bytes": block.segments * block.segment_bytes,
+        "used_bytes": log.store.used_bytes,
+        "state": log.state,
     }
 
 

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -16,15 +17,27 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
-def superblock(size_bytes: int, *, segment_bytes: int = 256 * KIB, segments: int = 8) -> Superblock:
+@dataclass(frozen=True)
+class Size:
+    """Of a log and its memory."""
+
+    segment_bytes: int = 256 * KIB
+    segments: int = 8
+    dirty_max_bytes: int = MIB
+
+
+USUAL = Size()
+
+
+def superblock(size_bytes: int, size: Size) -> Superblock:
     """Of a log much smaller than users have."""
     return Superblock(
         store=secrets.token_bytes(16),
         lun="naa.test",
         size_bytes=size_bytes,
         block_bytes=512,
-        segment_bytes=segment_bytes,
-        segments=segments,
+        segment_bytes=size.segment_bytes,
+        segments=size.segments,
         created="2026-01-01T00:00:00+00:00",
     )
 
@@ -34,19 +47,16 @@ async def logged(
     folder: Path,
     device: BlockDevice,
     *,
-    segment_bytes: int = 256 * KIB,
-    segments: int = 8,
-    dirty_max_bytes: int = MIB,
+    size: Size = USUAL,
     dirty_age_s: float = 5.0,
     ordered: bool = True,
     forgive_damage: bool = False,
 ) -> AsyncIterator[WriteLog]:
     """Go on with the log in `folder`, or begin one."""
-    size = device.geometry.size_bytes
     if (folder / NAMES[0]).exists():
         store = LogStore.open(folder)
     else:
-        block = superblock(size, segment_bytes=segment_bytes, segments=segments)
+        block = superblock(device.geometry.size_bytes, size)
         store = LogStore.create(folder, block)
     try:
         epochs, scan = recover(store, trio.current_time())
@@ -56,7 +66,7 @@ async def logged(
             device,
             store,
             epochs,
-            dirty_max_bytes=dirty_max_bytes,
+            dirty_max_bytes=size.dirty_max_bytes,
             dirty_age_s=dirty_age_s,
             ordered=ordered,
         ) as write_log:

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
 from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.block.guard import GuardedDevice
@@ -30,10 +29,10 @@ GEOMETRIES = {
 
 @asynccontextmanager
 async def over_memory(
-    folder: Path, geometry: Geometry, *, cached: bool = False, **options: bool
+    folder: Path, geometry: Geometry, *, cached: bool = False, ordered: bool = True
 ) -> AsyncIterator[BlockDevice]:
     memory = GuardedDevice(MemoryDevice(geometry=geometry, volatile_cache=True), strict=True)
-    async with logged(folder, memory, **options) as write_log:
+    async with logged(folder, memory, ordered=ordered) as write_log:
         if not cached:
             yield GuardedDevice(write_log)
             return

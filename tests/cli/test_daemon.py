@@ -75,6 +75,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
     class Stack:
         files: Mapping[str, BlockDevice] = {"lun1": device}
 
+        async def drain(self) -> None:
+            await device.flush()
+
         def on_files_change(self, listener: object) -> None:
             """Nothing ever changes."""
 
