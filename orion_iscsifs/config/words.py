@@ -88,7 +88,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "cache": Option(
         values.choice(*CacheMode),
         "=WORD",
-        "none, writethrough, writeback, log: what a write waits for (writeback)",
+        "none, writethrough, writeback, log: when a write is done (writeback)",
     ),
     "cache_size": Option(values.size_bytes, "=SIZE", "RAM block cache (256M)"),
     "dirty_max": Option(values.size_bytes, "=SIZE", "cap on unwritten bytes (half of cache_size)"),
