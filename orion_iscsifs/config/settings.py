@@ -160,6 +160,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Absolute; of the persistent logs, a folder in it for each LUN."""
     log_bytes: int = 1 << 30
     destage: Destage = Destage.ORDERED
+    log_force: bool = False
+    """Replay a log that is damaged, as far as it goes, or that may be out of date."""
 
     @property
     def survives_the_process(self) -> bool:

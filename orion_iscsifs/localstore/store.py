@@ -448,6 +448,17 @@ def drop(folder: Path) -> None:
         raise LogError(f"log {folder}: can't be removed: {error.strerror}") from None
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a process has it open for writing."""
+    try:
+        os.close(_lock(folder))
+    except BusyError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _store_id(block: Superblock) -> int:
     """What each record repeats."""
     return int.from_bytes(block.store[-8:], "little")

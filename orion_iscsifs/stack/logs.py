@@ -203,7 +203,8 @@ def _open(
         return LogStore.create(folder, wanted), Epochs()
     store = LogStore.open(folder)
     try:
-        epochs = _take_over(store, geometry, wanted, evidence, now)
+        force = config.log_force
+        epochs = _take_over(store, geometry, wanted, None if force else evidence, now)
     except BaseException:
         store.close()
         raise
@@ -221,9 +222,12 @@ def _layout(block: Superblock) -> tuple[int, int]:
 
 
 def _take_over(
-    store: LogStore, geometry: Geometry, wanted: Superblock, evidence: Evidence, now: float
+    store: LogStore, geometry: Geometry, wanted: Superblock, evidence: Evidence | None, now: float
 ) -> Epochs | None:
-    """What is in the log; None: nothing that is needed, a new log may take its place."""
+    """What is in the log; None: nothing that is needed, a new log may take its place.
+
+    Without `evidence` it is replayed as far as it can be read, whatever speaks against it.
+    """
     block, folder = store.superblock, store.folder
     if block.ended:
         return None
@@ -231,7 +235,7 @@ def _take_over(
     if block.clean:
         return None
     epochs, scan = recover(store, now)
-    if scan.damage:
+    if scan.damage and evidence is not None:
         raise LogError(
             f"log {folder}: {scan.damage}",
             advice="`orion-iscsifs cache check` tells more, `cache replay --force` writes what can"
@@ -239,7 +243,9 @@ def _take_over(
         )
     if not epochs.queue:
         return None
-    if why := evidence.objection(block):
+    if scan.damage:
+        log.warning("log %s: %s: replayed up to there", folder, scan.damage)
+    if evidence is not None and (why := evidence.objection(block)):
         raise LogError(f"log {folder}: holds data that the target lacks, but {why}", advice=_FORCE)
     if scan.torn_bytes:
         log.warning(
@@ -247,7 +253,7 @@ def _take_over(
             " nothing that was synced is missing",
             folder,
         )
-    if evidence.seen and evidence.seen.generation < block.generation:
+    if evidence is not None and evidence.seen and evidence.seen.generation < block.generation:
         log.warning("%s: the target was restarted since: it can't tell who wrote", folder)
     store.resume(scan)
     return epochs
