@@ -19,8 +19,7 @@ from unittest.mock import patch
 
 import trio
 
-from orion_iscsifs.block.device import Geometry
-from orion_iscsifs.cache.writelog import WriteLog
+from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.localstore import store as store_module
 from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.testing.faults import FaultyDevice
@@ -60,18 +59,18 @@ class Promise:
 
     def check(self, image: bytes, *, least: dict[int, int], ordered: bool) -> None:
         """`image` shows every block whole, nothing older than `least`, and a prefix of epochs."""
-        shown = {block: _version(image, block) for block in range(BLOCKS)}
-        for block, version in shown.items():
+        shown = {block: version(image, block) for block in range(BLOCKS)}
+        for block, found in shown.items():
             known = [0, *(number for number, _ in self.written.get(block, ()))]
-            assert version in known, f"block {block}: {version} was never written there"
+            assert found in known, f"block {block}: {found} was never written there"
             wanted = least.get(block, 0)
-            assert known.index(version) >= known.index(wanted), (
-                f"block {block}: version {version} is older than {wanted}"
+            assert known.index(found) >= known.index(wanted), (
+                f"block {block}: version {found} is older than {wanted}"
             )
         if not ordered:
             return
         seen = max(
-            (dict(self.written[block])[version] for block, version in shown.items() if version),
+            (dict(self.written[block])[found] for block, found in shown.items() if found),
             default=0,
         )
         for block, versions in self.written.items():
@@ -214,7 +213,7 @@ class _Stepping:
 class Writer:
     """Writes stamped blocks at random, and flushes; keeps the books of what was promised."""
 
-    def __init__(self, write_log: WriteLog, promise: Promise, rng: random.Random) -> None:
+    def __init__(self, write_log: BlockDevice, promise: Promise, rng: random.Random) -> None:
         self._log = write_log
         self._promise = promise
         self._rng = rng
@@ -267,7 +266,7 @@ def stamp(number: int, block: int) -> bytes:
     return (number.to_bytes(8, "little") + block.to_bytes(8, "little")) * (BLOCK // 16)
 
 
-def _version(image: bytes, block: int) -> int:
+def version(image: bytes, block: int) -> int:
     content = image[block * BLOCK : (block + 1) * BLOCK]
     if not any(content):
         return 0
