@@ -56,6 +56,8 @@ class Epoch:
     """It was sealed by a flush: what is written later must not overtake it."""
     only_refused: bool = False
     """There is nothing in it but what the device has refused before."""
+    has_refused: bool = False
+    """There is something in it that the device has refused before."""
 
 
 class Epochs:
@@ -88,6 +90,7 @@ class Epochs:
         if self.lost:
             self.lost.remove(span)
         epoch.only_refused &= change.was_refused
+        epoch.has_refused |= change.was_refused
         epoch.changes.put(span, change)
         epoch.memory_end = memory_end
         self.live.put(span, change)

@@ -73,6 +73,8 @@ class LogDestager:
         """Who waits until everything is on the device."""
         self._progress = trio.lowlevel.ParkingLot()
         """Unparked when a batch is done, or has failed."""
+        self._refusals: list[tuple[int, int, Change]] = []
+        """Of the batch under way."""
         self._failures = 0
         self._failing = False
         self._error: OrionError | None = None
@@ -105,7 +107,7 @@ class LogDestager:
         self._drains += 1
         self.wake()
         try:
-            while self._epochs.queue and self._epochs.queue[0].number <= last:
+            while self._is_left(last, refused_too=not forgive_refusals):
                 error, known = self._last_error, failures
                 failures = self._failures
                 refused = isinstance(error, DeviceError) and not error.retry_may_help
@@ -114,6 +116,15 @@ class LogDestager:
                 await self._progress.park()
         finally:
             self._drains -= 1
+
+    def _is_left(self, last: int, *, refused_too: bool) -> bool:
+        """Whether something of the epochs up to `last` is not on the device."""
+        queue = self._epochs.queue
+        if not queue:
+            return False
+        if queue[0].number <= last:
+            return True
+        return refused_too and any(epoch.has_refused for epoch in queue)
 
     # -- when ------------------------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ class LogDestager:
             if todo:
                 await trio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_DELAY_MAX_S)
-        await self._relog_refused(changes)
+        await self._relog_refused()
         self._done(batch)
 
     def _done(self, batch: list[Epoch]) -> None:
@@ -286,18 +297,20 @@ class LogDestager:
                 for first, last in split((start, end), _PAGE_BYTES)
             ]
             return [Request(start, end - start, [(start, end, c)]) for start, end, c in pieces]
+        self._refusals += request.pieces
+        if all(change.was_refused for _, _, change in request.pieces):
+            self._fail(error)
+            return []
         for _, _, change in request.pieces:
-            if not change.was_refused:
-                self._error = error
             change.was_refused = True
+        self._error = error
         self._note(request, error)
         return []
 
-    async def _relog_refused(self, changes: ExtentMap[Change]) -> None:
+    async def _relog_refused(self) -> None:
         """What the device refused becomes part of the current epoch, unless it is old by now."""
-        for start, end, change in list(changes):
-            if not change.was_refused:
-                continue
+        refusals, self._refusals = self._refusals, []
+        for start, end, change in refusals:
             for first, last, newest in self._epochs.live.find((start, end)):
                 if newest is change:
                     await self._relog(change, (first, last))
