@@ -323,3 +323,19 @@ async def test_after_replacement_timeout_io_fails_and_nothing_dirty_is_lost(
         if mode is CacheMode.LOG:
             await stack.drain()
             assert bytes(disk.view[:4096]) == b"kept" * 1024
+
+
+async def test_a_session_that_is_lost_while_a_check_writes_is_made_anew() -> None:
+    """The check registers the reservation's key again, after a restart that has forgotten it."""
+    async with world(mount(CacheMode.WRITETHROUGH)) as (running, disk, stack):
+        device = stack.files["lun1"]
+        await device.write(0, b"before" * 1000)
+        script = running.targets[0].faults
+        script.add(Fault(act=Act.SILENCE, opcode=OpCode.PERSISTENT_RESERVE_OUT))
+        await running.restart()
+        with trio.fail_after(20):
+            while not script.hits:
+                await trio.sleep(0.01)
+            running.drop_connections()
+            await device.write(0, b"after!" * 1000)
+        assert bytes(disk.view[:6000]) == b"after!" * 1000
