@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orion_iscsifs.fuse import apart, hardening
+from orion_iscsifs.fuse import hardening
 from orion_iscsifs.fuse.hardening import OOM_SCORE_ADJ, Hardening
 
 REPOSITORY = Path(__file__).parents[2]
