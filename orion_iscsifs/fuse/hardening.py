@@ -6,8 +6,9 @@ wait for it, nobody would ever go on. Three things keep us out of that ring, eac
 
 - PR_SET_IO_FLUSHER: the kernel reclaims memory for us without any I/O, and does not slow us down
   because too much is dirty. Without it, and under a limit of cgroup v1 that we share with a writer,
-  the first touch of a page waits for the group's writeback, and so for ourselves: seen to hang. It holds for a thread and for those that it starts later, so it has
-  to be set before there are any. A child process keeps it too, which does no harm.
+  the first touch of a page waits for the group's writeback, and so for ourselves: seen to hang.
+  It holds for a thread and for those that it starts later, so it has to be set before there are
+  any. A child process keeps it too, which does no harm.
 - mlockall: what we once had in memory is never taken away, so no page of ours has to be read back
   at the worst moment. Only what has been touched (MCL_ONFAULT): the cache reserves `cache_size`,
   many GiB perhaps, and each thread 8 MiB of stack; to fill all that at once would cost the memory

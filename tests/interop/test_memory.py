@@ -151,9 +151,8 @@ def mounted_inside(
 
 
 def work(product: Product, group: MemoryGroup, what: str, folder: Path) -> None:
-    words: list[str | Path] = [sys.executable, dirtier.__file__, what, folder, str(FILES), str(BLOCKS)]
-    log = product.home / f"{what}.log"
-    with Program(group.command(*words), log=log) as program:
+    words = group.command(sys.executable, dirtier.__file__, what, folder, str(FILES), str(BLOCKS))
+    with Program(words, log=product.home / f"{what}.log") as program:
         assert program.wait(STUCK_S * 2) == 0, program.log_tail()
 
 
@@ -211,7 +210,6 @@ def test_memory_stays_within_the_cache_and_a_fixed_part(
         moved = sum(one.result() for one in loads)
         most = resident(pid)["VmHWM"]
     figures = f"before {before >> 20} MiB, most {most >> 20} MiB, {len(samples)} samples"
-    print(figures, f"{moved >> 20} MiB moved")
     # It was really loaded: the cache is full, several times over, and it was looked at often.
     assert moved > 2 * cache_bytes
     assert len(samples) >= SAMPLES_MIN
