@@ -50,6 +50,7 @@ def mount_status(
     state: str | None,
     stack: Mapping[str, Any],
     kernel: Mapping[str, int | None] | None = None,
+    hardening: Mapping[str, object] | None = None,
 ) -> Status:
     """One entry of `mounts`. `state` None: what the stack says. `source` is redacted."""
     sessions = [_complete(session, SESSION_KEYS) for session in stack.get("sessions", ())]
@@ -62,6 +63,7 @@ def mount_status(
         "sessions": sessions,
         "paths": [_complete(path, PATH_KEYS) for path in stack.get("paths", ())],
         "kernel": dict(kernel or {}),
+        "hardening": dict(hardening or {}),
     }
 
 
