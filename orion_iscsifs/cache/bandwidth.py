@@ -1,20 +1,23 @@
 """How much must be on its way to keep the link to the device busy. Pure; `now` in seconds.
 
 Twice the bandwidth-delay product (BDP): one for what travels, one for what the reader still has in
-hand when the next is asked for. Both factors are measured the way BBR does (Cardwell et al.,
+hand when the next is asked for. Both factors are measured much as BBR does (Cardwell et al.,
 "BBR: congestion-based congestion control", ACM Queue 2016), on reads that take place anyway:
 
 * *round trip*: the shortest time that a read took which left when no other was on its way. One
   that queues behind others shows the queue, which is as long as our own window: taking it for
-  distance, the window would grow for ever. The read's own bytes are no distance either (that is
-  why a window that is to open must begin at a multiple of `SOLITARY_BYTES_MAX`).
-* *bandwidth*: for each bulk read, what arrived between the last arrival before it left and its
-  own arrival, over that time; the largest of late. If the window is what limits it, the next
-  window is twice as large, and so on until the link or the reader is what limits.
+  distance, the window would grow for ever. If it is quicker all the same it counts: the first read
+  of all meets cold caches. The read's own bytes are no distance either, so a window that is to
+  open has to begin at a multiple of `SOLITARY_BYTES_MAX`.
+* *bandwidth*: what bulk reads brought over a span of a few round trips; the largest of late. Over
+  a shorter span the rate is that of a burst, several times what the link sustains. If the window
+  is what limits it, the next window is twice as large, and so on until the link or the reader is
+  what limits.
 
 An estimate holds until later samples replace it: a device that rests does not come closer.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
@@ -27,6 +30,8 @@ SOLITARY_SAMPLE: Final = 16
 """Of so many small reads that leave alone, one is timed; the first is."""
 BANDWIDTH_PERIOD_S: Final = 5.0
 ROUND_TRIP_PERIOD_S: Final = 30.0
+SPAN_MIN_S: Final = 0.01
+SPAN_ROUND_TRIPS: Final = 4
 GAIN: Final = 2
 
 
@@ -56,12 +61,10 @@ class Extreme(Generic[Sample]):
 
 @dataclass(slots=True)
 class Flight:
-    """One read on its way, and what had arrived when it left."""
+    """One read on its way."""
 
     alone: bool
     sent_at: float
-    arrived_bytes: int
-    arrived_at: float
 
 
 @dataclass(slots=True)
@@ -75,8 +78,9 @@ class Link:
     """Reads on their way. Whoever sends one that is not worth a `Flight` counts it here."""
     _solitary: int = -1
     _bulk_in_flight: int = 0
-    _arrived_bytes: int = 0
-    _arrived_at: float = 0.0
+    _arrived_at: float = -math.inf
+    _span_began: float = 0.0
+    _span_bytes: int = 0
     _round_trip: Extreme[tuple[float, int]] = field(
         default_factory=lambda: Extreme(min, ROUND_TRIP_PERIOD_S)
     )
@@ -109,22 +113,32 @@ class Link:
         alone = not self.in_flight and length <= SOLITARY_BYTES_MAX
         self.in_flight += 1
         if length >= BULK_BYTES_MIN:
-            if not self._bulk_in_flight:
-                self._arrived_at = now  # the link rested until now
+            if not self._bulk_in_flight and now - self._arrived_at > self._span_s:
+                self._begin_span(now)  # the link has rested
             self._bulk_in_flight += 1
-        return Flight(alone, now, self._arrived_bytes, self._arrived_at)
+        return Flight(alone, now)
 
     def arrive(self, flight: Flight, length: int, now: float) -> None:
         self.lose(length)
-        if flight.alone:
-            self._round_trip.add((now - flight.sent_at, length), now)
+        sample, quickest = (now - flight.sent_at, length), self._round_trip.value
+        if flight.alone or (quickest is not None and sample < quickest):
+            self._round_trip.add(sample, now)
         if length >= BULK_BYTES_MIN:
-            self._arrived_bytes += length
             self._arrived_at = now
-            if now > flight.arrived_at:
-                arrived = self._arrived_bytes - flight.arrived_bytes
-                self._bandwidth.add(arrived / (now - flight.arrived_at), now)
+            self._span_bytes += length
+            if now - self._span_began >= self._span_s:
+                self._bandwidth.add(self._span_bytes / (now - self._span_began), now)
+                self._begin_span(now)
         self._set_window()
+
+    @property
+    def _span_s(self) -> float:
+        """For so long, at least, bytes are counted for a sample of the bandwidth."""
+        quickest = self._round_trip.value
+        return max(SPAN_MIN_S, SPAN_ROUND_TRIPS * quickest[0] if quickest is not None else 0.0)
+
+    def _begin_span(self, now: float) -> None:
+        self._span_began, self._span_bytes = now, 0
 
     def lose(self, length: int) -> None:
         """The read failed or was cancelled: it tells nothing."""

@@ -11,7 +11,7 @@ from orion_iscsifs.block.ranges import Range, clip, cover, split
 from orion_iscsifs.cache.claims import Fetch, claim, first_absent_run, give_up, install
 from orion_iscsifs.cache.frames import PAGE_BYTES, PAGE_SHIFT, Frame, FrameTable
 from orion_iscsifs.cache.gauge import WINDOW_AUTO_MIN_BYTES, Gauge
-from orion_iscsifs.cache.readahead import Readahead
+from orion_iscsifs.cache.readahead import STEP_BYTES, Readahead
 from orion_iscsifs.cache.staging import StagingBuffers
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.errors import OrionError
@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 WORKERS: Final = 64
 """Readahead requests in flight at most; large ones also have a limit in bytes."""
-REQUEST_BYTES: Final = 1 << 19
+REQUEST_BYTES: Final = STEP_BYTES
+STAGING_KEPT: Final = 8
+"""Buffers that are kept while nothing is in flight."""
 QUEUE_MAX: Final = 256
 """Requests that wait for a worker; more are forgotten."""
 
@@ -113,6 +115,8 @@ class Prefetcher:
         finally:
             self._in_flight_bytes -= length
             self._staging.give_back(buffer)
+            if not self._in_flight_bytes:
+                self._staging.shrink(STAGING_KEPT)
         self._readahead.window_max_bytes = self._link.window_bytes
         self._statistics.readahead_bytes += length
         installed = install(self._table, fetch, buffer, ahead=True)

@@ -12,8 +12,9 @@ they arrive slightly out of order. Two stages keep random readers cheap:
    the span by chance, so a stream must also be dense: once less than half of what lies behind its
    head has been read, it was none.
 
-A stream's window starts at 128 KiB (or twice the reader's request) and doubles whenever less than
-half of it is left ahead of the reader, up to the maximum: never far beyond what is being used. The
+A stream's window starts at 128 KiB (or twice the reader's request) and grows by two bytes for each
+that is read, up to the maximum: never far beyond what is being used. It is filled up when half of
+it, or `STEP_BYTES`, has been used: were it always half of a large window, the link would rest. The
 maximum is what the link needs (`bandwidth`), or what was configured. All streams together have a
 budget; a stream that has not asked for long, while others did, has no part in it any more.
 """
@@ -26,6 +27,7 @@ from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.cache.strides import Strides, step_of
 
 WINDOW_MIN_BYTES: Final = 128 << 10
+STEP_BYTES: Final = 512 << 10
 IDLE_ASKS: Final = 64
 """A stream is idle when the others have asked so often since it did."""
 STREAMS_MAX: Final = 16
@@ -139,9 +141,10 @@ class Readahead:
         if end >> _ZONE_SHIFT != key:
             del self._streams[key]
             self._streams[end >> _ZONE_SHIFT] = stream
-        if stream.ahead - stream.head >= stream.window_bytes // 2:
+        used = stream.window_bytes - (stream.ahead - stream.head)
+        if used < min(stream.window_bytes // 2, STEP_BYTES):
             return ()
-        stream.window_bytes *= 2
+        stream.window_bytes += 2 * used
         return self._ask(stream, limit)
 
     def _ask(self, stream: Stream, limit: int) -> Sequence[Range]:
@@ -151,6 +154,9 @@ class Readahead:
             self._drop_idle(room=0)
             self._strides.drop_idle()
         stream.window_bytes = min(stream.window_bytes, self._share())
-        start, stream.ahead = stream.ahead, max(stream.head + stream.window_bytes, stream.ahead)
+        end = stream.head + stream.window_bytes
+        if stream.window_bytes >= 2 * STEP_BYTES:
+            end -= end % STEP_BYTES  # whole requests
+        start, stream.ahead = stream.ahead, max(end, stream.ahead)
         end = min(stream.ahead, limit)
         return ((start, end),) if start < end else ()

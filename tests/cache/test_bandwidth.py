@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orion_iscsifs.cache.bandwidth import (
-    BANDWIDTH_PERIOD_S,
     SOLITARY_SAMPLE,
     Extreme,
     Flight,
@@ -62,7 +61,7 @@ def test_twice_the_product_within_the_bounds(
 def test_it_opens_within_a_few_round_trips() -> None:
     link = Link(4 * MIB, 32 * MIB)
     took = simulate(link, round_trip_s=0.020, bytes_per_s=1e9, requests=400)
-    assert took < 0.3, "200 MiB; with 4 MiB in flight they take a second"
+    assert took < 0.5, "200 MiB; with 4 MiB in flight they take a second"
 
 
 def test_a_queue_is_not_distance() -> None:
@@ -71,6 +70,15 @@ def test_a_queue_is_not_distance() -> None:
     simulate(link, round_trip_s=0.005, bytes_per_s=1e9, requests=4000)
     assert link.window_bytes < 14 * MIB
     assert link.round_trip_s == pytest.approx(0.005 + REQUEST / 1e9)
+
+
+def test_a_read_in_company_that_is_quicker_counts() -> None:
+    link = Link(4 * MIB, 32 * MIB)
+    link.arrive(link.depart(4 * KIB, 0.0), 4 * KIB, 0.014)
+    flights = [link.depart(REQUEST, 1.0), link.depart(REQUEST, 1.0)]
+    for flight in flights:
+        link.arrive(flight, REQUEST, 1.005)
+    assert link.round_trip_s == pytest.approx(0.005)
 
 
 def test_the_bytes_of_a_large_read_are_not_distance() -> None:
@@ -84,10 +92,10 @@ def test_the_bytes_of_a_large_read_are_not_distance() -> None:
 
 def test_a_slow_reader_gets_what_it_uses() -> None:
     link = Link(MIB, 32 * MIB)
-    for number in range(100):
+    for number in range(200):
         now = number * 0.05
         link.arrive(link.depart(REQUEST, now), REQUEST, now + 0.02)
-    assert link.bandwidth_bytes_per_s == pytest.approx(REQUEST / 0.02)
+    assert link.bandwidth_bytes_per_s == pytest.approx(REQUEST / 0.05, rel=0.5)
     assert link.window_bytes == MIB
 
 
@@ -95,8 +103,8 @@ def test_what_was_measured_long_ago_is_replaced() -> None:
     link = Link(4 * MIB, 32 * MIB)
     simulate(link, round_trip_s=0.020, bytes_per_s=1e9, requests=400)
     assert link.window_bytes == 32 * MIB
-    for number in range(4):
-        now = (number + 1) * BANDWIDTH_PERIOD_S
+    for number in range(300):
+        now = 4 + number / 20
         link.arrive(link.depart(REQUEST, now), REQUEST, now + 0.02)
     assert link.window_bytes == 4 * MIB
 
