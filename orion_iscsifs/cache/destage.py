@@ -104,8 +104,10 @@ class Destager:
 
     async def flush(self) -> None:
         """What is dirty now is durable when this returns; the error of a write-back is raised."""
+        frames = self.books.unwritten()
+        self._send_with_fua(frames)
         try:
-            await self.write_out(self.books.unwritten())
+            await self.write_out(frames)
         except OrionError:
             self._unreported = False
             raise
@@ -113,6 +115,15 @@ class Destager:
         if self._unreported:
             self._unreported = False
             raise self._last_error
+
+    def _send_with_fua(self, frames: list[Frame]) -> None:
+        """Save the device's flush, if all that is not durable can go in one wave of writes."""
+        geometry = self._device.geometry
+        if geometry.write_cache and geometry.fua and not self._flusher.is_needed:
+            self.books.end_rest()
+            if self.books.fits_one_wave(frames, WORKERS):
+                self.books.pick(sorted(frames, key=lambda frame: frame.number), fua=True)
+                self.wake()
 
     def note_loss(self, error: DeviceError) -> None:
         """Something can never be written: the next flush says so."""

@@ -236,6 +236,17 @@ class DirtyFrames:
                 return False
         return True
 
+    def fits_one_wave(self, frames: Iterable[Frame], requests_max: int) -> bool:
+        """Whether all of these frames could be picked now, for so many requests at most."""
+        count = 0
+        for frame in frames:
+            if not self._is_pickable(frame) or frame.suspect:
+                return False
+            count += sum(1 for _ in page_runs(frame.dirty))
+            if count > requests_max:
+                return False
+        return not self._ready
+
     def pick(self, frames: Iterable[Frame], *, fua: bool = False) -> None:
         """Move all that is dirty in these frames, in order of offset, to `next_extent`."""
         last: Extent | None = None

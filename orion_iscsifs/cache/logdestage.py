@@ -186,7 +186,8 @@ class LogDestager:
         changes = batch[0].changes if len(batch) == 1 else _merged(batch)
         length_max = min(self._device.geometry.optimal_transfer_bytes, STAGING_BYTES)
         everything = list(requests(changes, max(length_max, 64 << 10)))
-        fua = self._device.geometry.write_cache and len(everything) <= WORKERS
+        geometry = self._device.geometry
+        fua = geometry.write_cache and geometry.fua and len(everything) <= WORKERS
         delay_s, todo = RETRY_DELAY_S, everything
         while todo:
             todo = await self._send(todo, fua=fua)

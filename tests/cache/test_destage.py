@@ -450,3 +450,38 @@ async def test_a_failed_fua_write_raises_and_its_data_stays(autojump_clock: obje
             await r.cache.write(0, b"x" * 4 * KIB, fua=True)
         await r.cache.flush()
         assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_a_small_flush_is_one_wave_with_fua(autojump_clock: object) -> None:
+    """One round trip instead of two."""
+    async with rig() as r:
+        for number in (0, 5, 40):
+            await r.cache.write(number * 64 * KIB, b"x" * 4 * KIB)
+        await r.cache.flush()
+        assert sorted(r.writes()) == [(n * 64 * KIB, 4 * KIB) for n in (0, 5, 40)]
+        assert all(q.fua for q in r.memory.requests if q.kind == "write")
+        assert "flush" not in r.memory.calls
+        r.memory.crash()
+        assert r.memory.peek(5 * 64 * KIB, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_a_large_flush_is_followed_by_one_of_the_device(autojump_clock: object) -> None:
+    async with rig() as r:
+        for number in range(40):
+            await r.cache.write(number * 128 * KIB, b"x" * 4 * KIB)
+        await r.cache.flush()
+        assert r.memory.calls["flush"] == 1
+        r.memory.crash()
+        assert r.memory.peek(39 * 128 * KIB, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_fua_is_no_help_when_something_was_written_without(autojump_clock: object) -> None:
+    async with rig(dirty_age_s=0.5) as r:
+        await r.cache.write(0, b"x" * 4 * KIB)
+        await trio.sleep(5)
+        await r.cache.write(64 * KIB, b"y" * 4 * KIB)
+        await r.cache.flush()
+        assert r.memory.calls["flush"] == 1
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
+        assert r.memory.peek(64 * KIB, 4 * KIB) == b"y" * 4 * KIB
