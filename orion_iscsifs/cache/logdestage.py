@@ -311,41 +311,48 @@ class LogDestager:
         """What the device refused becomes part of the current epoch, unless it is old by now."""
         refusals, self._refusals = self._refusals, []
         for start, end, change in refusals:
-            for first, last, newest in self._epochs.live.find((start, end)):
-                if newest is change:
-                    await self._relog(change, (first, last))
+            request = Request(start, end - start, [(start, end, change)])
+            content = memoryview(bytearray(0 if change.zero else request.length))
+            try:
+                if not change.zero:
+                    await self._gather(request, content)
+            except LogError as error:
+                self._unreadable(request, error)
+                continue
+            # Checkpoints: what is newer by now must stay so, hence the look inside.
+            while not self._relog(change, start, end, content):
+                await self._store.room.park()
 
-    async def _relog(self, change: Change, span: Range) -> None:
-        content = b""
-        if not change.zero:
-            buffer = bytearray(span[1] - span[0])
-            await self._gather(Request(span[0], len(buffer), [(*span, change)]), memoryview(buffer))
-            content = bytes(buffer)
+    def _relog(self, change: Change, start: int, end: int, content: memoryview) -> bool:
+        """Log again what nothing newer has replaced; False: no room. Without a checkpoint."""
+        for first, last, newest in self._epochs.live.find((start, end)):
+            part = content[first - start : last - start]
+            if newest is change and not self._log_again(change, (first, last), part):
+                return False
+        return True
+
+    def _log_again(self, change: Change, span: Range, content: memoryview) -> bool:
+        epochs, store = self._epochs, self._store
         kind = Kind.ZERO if change.zero else Kind.DATA
         flags = Flag.MAY_UNMAP if change.may_unmap else Flag.NONE
-        length, epochs, store = span[1] - span[0], self._epochs, self._store
+        number, seq, length = epochs.current_number, store.next_seq, span[1] - span[0]
         place = None
-        while store.failed is None:
-            number, seq = epochs.current_number, store.next_seq
-            with suppress(LogError):
-                place = store.append(
-                    kind, number, span[0], length, content, flags=flags, reserve=True
-                )
-                if place is not None:
-                    break
-                await store.room.park()
-        seq = store.next_seq if place is None else seq
+        with suppress(LogError):  # then it stays in memory only
+            place = store.append(kind, number, span[0], length, content, flags=flags, reserve=True)
+            if place is None:
+                return False
         again = Change(
-            epochs.current_number,
+            number,
             span[0],
             length,
-            view=None if change.zero else memoryview(content),
+            view=None if change.zero else content,
             place=place,
             zero=change.zero,
             may_unmap=change.may_unmap,
             was_refused=True,
         )
         epochs.add(again, seq=seq, now=trio.current_time(), memory_end=self._ring.head)
+        return True
 
     def _unreadable(self, request: Request, error: LogError) -> list[Request]:
         """The only copy of a change is gone with the disk that the log is on."""

@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -301,3 +301,28 @@ async def read(device: BlockDevice, offset: int, length: int = 4096) -> bytes:
     target = bytearray(length)
     await device.read_into(offset, memoryview(target))
     return bytes(target)
+
+
+async def test_a_refused_page_does_not_come_back_over_what_is_newer(
+    tmp_path: Path, autojump_clock: object
+) -> None:
+    """It is logged again when there is room; meanwhile the same page has been written anew."""
+    device = BadPage(geometry=Geometry(size_bytes=SIZE))
+    rng = random.Random(5)
+    async with logged(tmp_path / "log", device, size=TINY, dirty_age_s=0.1) as write_log:
+        newest = b""
+        for number in range(400):
+            newest = bytes([number % 255 + 1]) * 4096
+            await write_log.write(2 * 4096, newest)
+            assert await read(write_log, 2 * 4096) == newest
+            for _ in range(rng.randrange(4)):
+                await write_log.write(MIB, rng.randbytes(16 * KIB))
+            if rng.random() < 0.3:
+                with suppress(DeviceError):
+                    await write_log.flush()
+            assert await read(write_log, 2 * 4096) == newest
+        device.bad = False
+        with suppress(DeviceError):
+            await write_log.drain()
+        await write_log.drain()
+    assert device.peek(2 * 4096, 4096) == newest
