@@ -64,6 +64,19 @@ async def test_a_read_only_mount() -> None:
         await check_read_only_device(factory)
 
 
+async def test_the_status_counts_what_was_fetched_ahead() -> None:
+    async with world(mount()) as (_, _disk, stack):
+        buffer = memoryview(bytearray(4096))
+        for offset in range(0, 16 * 4096, 4096):
+            await stack.files["lun1"].read_into(offset, buffer)
+        (shown,) = stack.status()["luns"]
+        assert shown["readahead_bytes"] >= shown["readahead_hit_bytes"] > 0
+        assert shown["readahead_waste_bytes"] == 0
+        assert shown["readahead_window_bytes"] > 0
+        assert shown["round_trip_us"] > 0
+        assert "bandwidth_bytes_per_s" in shown, "null until enough has come"
+
+
 async def test_what_was_written_is_on_the_target_when_the_stack_has_closed() -> None:
     content = random.Random(2).randbytes(3 << 20)
     async with target() as (running, disk):

@@ -131,6 +131,8 @@ class DirtyFrames:
             elif self._waiting_bytes - fresh <= self._dirty_low < self._waiting_bytes:
                 self._on_due()
             frame.write(pages)
+            if frame.ahead & pages:
+                self._table.waste(frame, pages)
         if known & pages == pages:
             frame.visited = True
         frame.view[start:end] = source
@@ -151,7 +153,7 @@ class DirtyFrames:
         pages &= frame.valid
         self._statistics.dirty_bytes -= (pages & frame.dirty).bit_count() << PAGE_SHIFT
         frame.supersede(pages)
-        frame.ahead &= ~pages
+        self._table.waste(frame, pages)
         if not frame.dirty:
             self._unlist(frame)
         self._table.release(frame)

@@ -26,6 +26,7 @@ from orion_iscsifs.config.places import create_private, runtime_dir
 from orion_iscsifs.config.render import to_toml
 from orion_iscsifs.errors import MountError, OrionError
 from orion_iscsifs.fuse.control import control_files
+from orion_iscsifs.fuse.hardening import Hardening
 from orion_iscsifs.fuse.mount import FuseMount
 from orion_iscsifs.fuse.operations import DeviceFiles
 from orion_iscsifs.monitor import control, metrics
@@ -68,13 +69,20 @@ class Daemon:
     """One mount, from log-in to log-out."""
 
     def __init__(
-        self, source: Source, mountpoint: str, config: MountConfig, open_stack: OpenStack
+        self,
+        source: Source,
+        mountpoint: str,
+        config: MountConfig,
+        open_stack: OpenStack,
+        *,
+        hardening: Hardening,
     ) -> None:
-        """`mountpoint` has passed `fuse.mountpoint.check`."""
+        """`mountpoint` has passed `fuse.mountpoint.check`; `hardening` is what is in force."""
         self._source = source
         self._mountpoint = mountpoint
         self._config = config
         self._open_stack = open_stack
+        self._hardening = hardening
         self._scope = trio.CancelScope()
         self._abandon = trio.Event()
         self._signals = 0
@@ -233,6 +241,7 @@ class Daemon:
             state=self._state,
             stack=known,
             kernel=self._mount.limits.as_dict(),
+            hardening=self._hardening.as_dict(),
         )
 
     def _status_text(self) -> str:

@@ -122,10 +122,13 @@ def _body(
         import trio
 
         from orion_iscsifs.cli import daemon, logs
+        from orion_iscsifs.fuse.hardening import harden
 
         logs.configure(state_dir(), mountpoint, foreground=foreground, debug=verbosity.debug)
+        hardening = harden()  # no fork comes after this, and no thread was before it
         chosen = open_stack or _real_stack()
-        trio.run(daemon.Daemon(source, mountpoint, config, chosen).run, ready)
+        served = daemon.Daemon(source, mountpoint, config, chosen, hardening=hardening)
+        trio.run(served.run, ready)
 
     return body
 

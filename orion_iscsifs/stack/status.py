@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
+from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheMode
 from orion_iscsifs.initiator.connection import Connection
@@ -66,6 +67,7 @@ def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:
         "tier": None,
         "cache_hits": statistics.hits if statistics else 0,
         "cache_misses": statistics.misses if statistics else 0,
+        **_readahead(unit.cache),
         "reservation": unit.exclusive.status() if unit.exclusive is not None else None,
     }
 
@@ -78,6 +80,25 @@ def log_status(log: WriteLog) -> dict[str, Any]:
         "used_bytes": log.store.used_bytes,
         "state": log.state,
     }
+
+
+def _readahead(cache: WritebackCache | None) -> dict[str, Any]:
+    if cache is None:
+        return {}
+    statistics, link = cache.statistics, cache.link
+    round_trip_s = link.round_trip_s
+    return {
+        "readahead_bytes": statistics.readahead_bytes,
+        "readahead_hit_bytes": statistics.readahead_hit_bytes,
+        "readahead_waste_bytes": statistics.readahead_waste_bytes,
+        "readahead_window_bytes": link.window_bytes,
+        "round_trip_us": None if round_trip_s is None else round(round_trip_s * 1e6),
+        "bandwidth_bytes_per_s": _rounded(link.bandwidth_bytes_per_s),
+    }
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def session(session: Session) -> dict[str, Any]:
