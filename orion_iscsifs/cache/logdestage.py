@@ -117,6 +117,15 @@ class LogDestager:
         finally:
             self._drains -= 1
 
+    async def wait_retired(self) -> None:
+        """A log that has failed will not be replayed any more when this returns.
+
+        Else a replay would lay what is in it over what goes to the device from now on.
+        """
+        while self._store.failed is not None and not self.retired:
+            self.wake()
+            await self._progress.park()
+
     def _is_left(self, last: int, *, refused_too: bool) -> bool:
         """Whether something of the epochs up to `last` is not on the device."""
         queue = self._epochs.queue
@@ -135,7 +144,7 @@ class LogDestager:
             if batch:
                 await self._bring(batch)
                 continue
-            if self._store.failed is not None and not self.retired and not self._epochs.queue:
+            if self._store.failed is not None and not self.retired and self._only_refused():
                 await self._retire()
             with trio.move_on_at(self._deadline()):
                 await self._wake.park()
@@ -179,6 +188,10 @@ class LogDestager:
         if queue[0].only_refused:
             return queue[0].since + RETRY_DELAY_MAX_S
         return min(queue[0].since + self._age_s, self.last_change + IDLE_S)
+
+    def _only_refused(self) -> bool:
+        """The device has everything that it takes."""
+        return all(epoch.only_refused for epoch in self._epochs.queue)
 
     # -- a batch ---------------------------------------------------------------------------------
 
@@ -328,31 +341,44 @@ class LogDestager:
         """Log again what nothing newer has replaced; False: no room. Without a checkpoint."""
         for first, last, newest in self._epochs.live.find((start, end)):
             part = content[first - start : last - start]
-            if newest is change and not self._log_again(change, (first, last), part):
+            if newest is change and not self._log(change, (first, last), part, was_refused=True):
                 return False
         return True
 
-    def _log_again(self, change: Change, span: Range, content: memoryview) -> bool:
+    async def log_over(self, span: Range, source: memoryview | None) -> None:
+        """Log what the device has got past the log, over what it had refused. None: zeroes.
+
+        Else a replay, or a try that is under way, would lay what was refused over it. The caller
+        holds the range alone.
+        """
+        zero = source is None
+        content = memoryview(bytearray(b"" if source is None else source))
+        change = Change(0, span[0], span[1] - span[0], zero=zero)
+        while not self._log(change, span, content, was_refused=False):
+            await self._store.room.park()
+
+    def _log(self, like: Change, span: Range, content: memoryview, *, was_refused: bool) -> bool:
+        """Log outside the ring; False: no room. Without a checkpoint."""
         epochs, store = self._epochs, self._store
-        kind = Kind.ZERO if change.zero else Kind.DATA
-        flags = Flag.MAY_UNMAP if change.may_unmap else Flag.NONE
+        kind = Kind.ZERO if like.zero else Kind.DATA
+        flags = Flag.MAY_UNMAP if like.may_unmap else Flag.NONE
         number, seq, length = epochs.current_number, store.next_seq, span[1] - span[0]
         place = None
         with suppress(LogError):  # then it stays in memory only
             place = store.append(kind, number, span[0], length, content, flags=flags, reserve=True)
             if place is None:
                 return False
-        again = Change(
+        change = Change(
             number,
             span[0],
             length,
-            view=None if change.zero else content,
+            view=None if like.zero else content,
             place=place,
-            zero=change.zero,
-            may_unmap=change.may_unmap,
-            was_refused=True,
+            zero=like.zero,
+            may_unmap=like.may_unmap,
+            was_refused=was_refused,
         )
-        epochs.add(again, seq=seq, now=trio.current_time(), memory_end=self._ring.head)
+        epochs.add(change, seq=seq, now=trio.current_time(), memory_end=self._ring.head)
         return True
 
     def _unreadable(self, request: Request, error: LogError) -> list[Request]:
@@ -382,12 +408,13 @@ class LogDestager:
         self._progress.unpark_all()
 
     async def _retire(self) -> None:
-        self.retired = True
         why = str(self._store.failed)
         try:
             await trio.to_thread.run_sync(self._store.retire, why)
         except LogError as error:
             log.error("%s", error.line)
+        self.retired = True
+        self._progress.unpark_all()
 
 
 def _merged(batch: list[Epoch]) -> ExtentMap[Change]:

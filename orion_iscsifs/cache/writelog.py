@@ -243,7 +243,7 @@ class WriteLog:
         if (passes and self._epochs.may_be_passed(span)) or not await self._take(
             Kind.DATA, offset, length, source
         ):
-            await self._past(span, lambda: self._device.write(offset, source))
+            await self._past(span, lambda: self._device.write(offset, source), source)
 
     async def _zero(self, offset: int, length: int, flags: Flag) -> None:
         if not await self._take(Kind.ZERO, offset, length, b"", flags):
@@ -274,14 +274,24 @@ class WriteLog:
         finally:
             destager.waiting_writers -= 1
 
-    async def _past(self, span: Range, operation: Callable[[], Awaitable[None]]) -> None:
-        """Change the device past the log."""
+    async def _past(
+        self,
+        span: Range,
+        operation: Callable[[], Awaitable[None]],
+        source: memoryview | None = None,
+    ) -> None:
+        """Change the device past the log. `source`: what is written there; None: zeroes."""
         async with self._exclusion.alone(span):
             if not self._epochs.may_be_passed(span):
                 await self.destager.drain(forgive_refusals=True)
+            await self.destager.wait_retired()
             try:
                 await operation()
+                refused = self._live.find(span)
                 self._epochs.overwritten(span)
+                for start, end, _ in refused:
+                    part = None if source is None else source[start - span[0] : end - span[0]]
+                    await self.destager.log_over((start, end), part)
                 self.statistics.dirty_bytes = self._live.covered_bytes
             finally:
                 self._past_flush.note_write()

@@ -66,6 +66,13 @@ def spoil(folder: Path, found: Found, at: int, content: bytes) -> None:
         file.write(content)
 
 
+def damage(folder: Path, found: Found, at: int) -> None:
+    """Turn all bits of one byte."""
+    path = folder / segment.file_name(found.place.slot)
+    content = path.read_bytes()[found.place.position - record.HEADER_BYTES + at]
+    spoil(folder, found, at, bytes([content ^ 0xFF]))
+
+
 async def test_a_whole_log(tmp_path: Path) -> None:
     await write(tmp_path)
     numbers, scan = read(tmp_path)
@@ -78,7 +85,7 @@ async def test_a_whole_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [0, 7, SYNCED - 1])
 async def test_damage_of_what_was_synced_is_named(tmp_path: Path, number: int, at: int) -> None:
     places = await write(tmp_path)
-    spoil(tmp_path, places[number], at, b"\xa5")
+    damage(tmp_path, places[number], at)
     numbers, scan = read(tmp_path)
     assert numbers == list(range(number))
     assert f"from number {number} on" in scan.damage
@@ -87,7 +94,7 @@ async def test_damage_of_what_was_synced_is_named(tmp_path: Path, number: int, a
 @pytest.mark.parametrize("at", [0, 20, 62, record.HEADER_BYTES + 100])
 async def test_an_end_that_was_not_synced_is_torn(tmp_path: Path, at: int) -> None:
     places = await write(tmp_path)
-    spoil(tmp_path, places[SYNCED + 2], at, b"\xa5")
+    damage(tmp_path, places[SYNCED + 2], at)
     numbers, scan = read(tmp_path)
     assert numbers == list(range(SYNCED + 2))
     assert not scan.damage
