@@ -46,11 +46,14 @@ async def rig(
     mode: CacheMode = CacheMode.WRITEBACK,
     readahead: Literal["auto", "off"] | int = "off",
     discard_granularity_bytes: int = 4096,
+    fua: bool = False,
 ) -> AsyncIterator[Rig]:
+    """`fua`: small flushes may go as writes with FUA; else each is followed by the device's."""
     geometry = Geometry(
         size_bytes=size_bytes,
         logical_block_bytes=block_bytes,
         discard_granularity_bytes=discard_granularity_bytes,
+        fua=fua,
     )
     memory = MemoryDevice(geometry=geometry, volatile_cache=True, record=True)
     faults = FaultyDevice(memory)

@@ -454,7 +454,7 @@ async def test_a_failed_fua_write_raises_and_its_data_stays(autojump_clock: obje
 
 async def test_a_small_flush_is_one_wave_with_fua(autojump_clock: object) -> None:
     """One round trip instead of two."""
-    async with rig() as r:
+    async with rig(fua=True) as r:
         for number in (0, 5, 40):
             await r.cache.write(number * 64 * KIB, b"x" * 4 * KIB)
         await r.cache.flush()
@@ -466,7 +466,7 @@ async def test_a_small_flush_is_one_wave_with_fua(autojump_clock: object) -> Non
 
 
 async def test_a_large_flush_is_followed_by_one_of_the_device(autojump_clock: object) -> None:
-    async with rig() as r:
+    async with rig(fua=True) as r:
         for number in range(40):
             await r.cache.write(number * 128 * KIB, b"x" * 4 * KIB)
         await r.cache.flush()
@@ -476,7 +476,7 @@ async def test_a_large_flush_is_followed_by_one_of_the_device(autojump_clock: ob
 
 
 async def test_fua_is_no_help_when_something_was_written_without(autojump_clock: object) -> None:
-    async with rig(dirty_age_s=0.5) as r:
+    async with rig(dirty_age_s=0.5, fua=True) as r:
         await r.cache.write(0, b"x" * 4 * KIB)
         await trio.sleep(5)
         await r.cache.write(64 * KIB, b"y" * 4 * KIB)
@@ -485,3 +485,46 @@ async def test_fua_is_no_help_when_something_was_written_without(autojump_clock:
         r.memory.crash()
         assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
         assert r.memory.peek(64 * KIB, 4 * KIB) == b"y" * 4 * KIB
+
+
+async def test_a_wave_with_fua_that_fails_is_raised_by_every_flush_that_waits(
+    autojump_clock: object,
+) -> None:
+    async with rig(fua=True) as r:
+        await r.cache.write(0, b"x" * 4 * KIB)
+        r.faults.hold("write")
+        r.faults.fail("write", 1)
+        raised = 0
+
+        async def flush() -> None:
+            nonlocal raised
+            with pytest.raises(ScsiError):
+                await r.cache.flush()
+            raised += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(flush)
+            await r.faults.wait_held("write")
+            r.faults.release("write")
+        assert raised == 3
+        await r.cache.flush()
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_a_wave_with_fua_whose_flush_is_cancelled_still_counts(
+    autojump_clock: object,
+) -> None:
+    async with rig(fua=True) as r:
+        await r.cache.write(0, b"1" * 4 * KIB)
+        r.faults.hold("write")
+        async with trio.open_nursery() as nursery, trio.open_nursery() as doomed:
+            doomed.start_soon(r.cache.flush)
+            await r.faults.wait_held("write")
+            nursery.start_soon(r.cache.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            doomed.cancel_scope.cancel()
+            r.faults.release("write")
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"1" * 4 * KIB

@@ -160,6 +160,7 @@ async def test_geometry_and_data() -> None:
 async def test_fua_uses_the_bit_where_the_device_has_it() -> None:
     disk = Disk()
     async with played_lun(disk) as device:
+        assert device.geometry.fua
         await device.write(0, bytes(512), fua=True)
         assert disk.codes() == [OpCode.WRITE_10]
         assert disk.commands[0].cdb[1] & 0x08
@@ -169,6 +170,7 @@ async def test_fua_is_a_flush_where_the_device_lacks_the_bit() -> None:
     disk = Disk()
     disk.mode = bytes([23, 0, 0, 0, 0x08, 18, 0x04]) + bytes(17)
     async with played_lun(disk) as device:
+        assert not device.geometry.fua
         await device.write(0, bytes(512), fua=True)
         assert disk.codes() == [OpCode.WRITE_10, OpCode.SYNCHRONIZE_CACHE_10]
         assert not disk.commands[0].cdb[1] & 0x08
