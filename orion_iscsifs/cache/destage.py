@@ -8,12 +8,15 @@ A failed write-back leaves its pages dirty; they are tried again after a delay, 
 somebody flushes. The failure is raised by each flush whose data it hit, and otherwise by the next
 flush, once.
 
+When nobody has written for a while, everything is brought to the device and made durable there.
+
 Room: the dirty bytes never exceed their cap. Writers that don't fit stand in one line (a fair
 lock), and only its head watches for room: they go on in the order in which they came.
 """
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
 """Write-back requests in flight at most."""
+IDLE_S: Final = 1.0
+"""Without a write for so long, what is dirty goes to the device, and the device is flushed."""
 AGE_TICK_S: Final = 0.1
 AGE_NAP_S: Final = 0.5
 """While anything is dirty its age is looked at between every tick and every nap."""
@@ -49,11 +54,13 @@ class Destager:
         *,
         dirty_max_bytes: int,
         dirty_age_s: float,
+        idle_s: float = IDLE_S,
     ) -> None:
         self._device = device
         self._table = table
         self._statistics = statistics
         self._age_s = dirty_age_s
+        self._idle_s = idle_s
         self._idle = trio.lowlevel.ParkingLot()
         self._waking = False
         """A worker has been woken and has not looked yet."""
@@ -133,6 +140,7 @@ class Destager:
     def wrote(self) -> None:
         """The device has carried out a write: it needs a flush to be durable."""
         self._flusher.note_write()
+        self._timer.unpark()
 
     async def write_out(self, frames: Iterable[Frame]) -> None:
         """Return once the device has what is dirty now in these frames; raise if it refuses."""
@@ -190,20 +198,31 @@ class Destager:
             await self._write(extent)
 
     async def _watch_age(self) -> None:
-        """Makes old data due and lets resting frames go on."""
+        """Makes old data due, and all of it when nobody writes; lets resting frames go on."""
         books = self.books
+        seen, quiet_since = -1, 0.0
         while True:
-            deadline = books.next_deadline(self._age_s)
-            if deadline is None:
-                await self._timer.park()
-                continue
             now = trio.current_time()
-            if deadline <= now:
-                books.make_due(now - self._age_s)
+            if books.absorbed != seen:
+                seen, quiet_since = books.absorbed, now
+            is_quiet = now >= quiet_since + self._idle_s
+            deadline = books.next_deadline(self._age_s)
+            if deadline is not None and (is_quiet or deadline <= now):
+                books.make_due(now if is_quiet else now - self._age_s)
                 books.end_rest(now)
                 self.wake()
+            elif deadline is None and not self._flusher.is_needed:
+                await self._timer.park()
+                continue
+            elif deadline is None and is_quiet and not self._statistics.in_flight_bytes:
+                # What is not durable then stays noted, and a flush that is asked for will say so.
+                with suppress(OrionError):
+                    await self._flusher.flush()
+                quiet_since = trio.current_time()
+                continue
             # Awake again early enough for a write-back that fails meanwhile and rests briefly.
-            await trio.sleep(min(max(deadline - now, AGE_TICK_S), AGE_NAP_S))
+            wait_s = min(AGE_NAP_S, self._idle_s) if deadline is None else deadline - now
+            await trio.sleep(min(max(wait_s, AGE_TICK_S), AGE_NAP_S))
 
     async def _write(self, extent: Extent) -> None:
         """Send one extent and settle its pages, whatever happens."""

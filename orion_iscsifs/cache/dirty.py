@@ -13,8 +13,8 @@ count a frame's write-backs, so that a flush can name what it waits for (`goal`)
 write-back under way, or of the next one if anything is dirty now. What is written later belongs to
 a later one: no writer can keep a flush from ending.
 
-What is due: everything above the low watermark, everything older than `dirty_age_s`, everything
-while a writer waits for room, and what somebody waits for (`_wanted`).
+What is due: everything above the low watermark, everything older than `dirty_age_s` (or all, when
+nobody writes), everything while a writer waits for room, and what somebody waits for (`_wanted`).
 
 A frame whose write-back failed sits out a delay that doubles each time (`_resting`). If it was the
 device that refused (`suspect`), the frame goes alone and page by page until it has been written:
@@ -91,6 +91,8 @@ class DirtyFrames:
         on_first: Callable[[], object],
         on_due: Callable[[], object],
     ) -> None:
+        self.absorbed = 0
+        """Writes that were taken so far."""
         self._table = table
         self._exclusion = exclusion
         self._statistics = statistics
@@ -136,6 +138,7 @@ class DirtyFrames:
         if known & pages == pages:
             frame.visited = True
         frame.view[start:end] = source
+        self.absorbed += 1
         return None
 
     def _became_dirty(self, frame: Frame) -> None:

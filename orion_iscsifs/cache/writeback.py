@@ -39,7 +39,7 @@ from orion_iscsifs.block.device import (
 )
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range, cover, split, subtract, within
-from orion_iscsifs.cache.destage import Destager
+from orion_iscsifs.cache.destage import IDLE_S, Destager
 from orion_iscsifs.cache.dirty import Obstacle
 from orion_iscsifs.cache.fetch import Fetcher
 from orion_iscsifs.cache.frames import (
@@ -73,7 +73,8 @@ class WritebackCache:
     Leaving the block flushes, unless it was cancelled; the flush's error is raised.
     """
 
-    def __init__(self, device: BlockDevice, config: CacheConfig) -> None:
+    def __init__(self, device: BlockDevice, config: CacheConfig, *, idle_s: float = IDLE_S) -> None:
+        """`idle_s`: without a write for so long, everything is made durable on the device."""
         _check_config(config)
         self.statistics = CacheStatistics()
         self._device = device
@@ -95,6 +96,7 @@ class WritebackCache:
             self.statistics,
             dirty_max_bytes=config.dirty_max_bytes,
             dirty_age_s=config.dirty_age_s,
+            idle_s=idle_s,
         )
         self._books = self._destager.books
         # Names for the hot paths. The lists and the dict are the owners' own, never replaced.

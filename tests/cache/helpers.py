@@ -47,6 +47,7 @@ async def rig(
     readahead: Literal["auto", "off"] | int = "off",
     discard_granularity_bytes: int = 4096,
     fua: bool = False,
+    idle_s: float = float("inf"),
 ) -> AsyncIterator[Rig]:
     """`fua`: small flushes may go as writes with FUA; else each is followed by the device's."""
     geometry = Geometry(
@@ -64,6 +65,6 @@ async def rig(
         dirty_age_s=dirty_age_s,
         readahead=readahead,
     )
-    async with WritebackCache(GuardedDevice(faults, strict=True), config) as cache:
+    async with WritebackCache(GuardedDevice(faults, strict=True), config, idle_s=idle_s) as cache:
         yield Rig(cache, faults, memory)
         cache.check()

@@ -120,6 +120,35 @@ async def test_old_data_goes_by_itself(autojump_clock: object) -> None:
         assert "flush" not in r.memory.calls
 
 
+async def test_when_nobody_writes_everything_becomes_durable(autojump_clock: object) -> None:
+    async with rig(dirty_age_s=600, idle_s=1) as r:
+        for _ in range(20):  # busy: the same page again and again
+            await r.cache.write(0, b"1" * 4 * KIB)
+            await r.cache.write(MIB, b"2" * 4 * KIB)
+            await trio.sleep(0.3)
+        assert not r.writes()
+        await trio.sleep(2.5)
+        assert sorted(r.writes()) == [(0, 4 * KIB), (MIB, 4 * KIB)]
+        r.memory.crash()
+        assert r.memory.peek(MIB, 4 * KIB) == b"2" * 4 * KIB
+        await trio.sleep(60)
+        assert r.memory.calls["flush"] == 1, "and then there is nothing to do"
+
+
+async def test_a_device_that_fails_is_asked_again_when_nobody_writes(
+    autojump_clock: object,
+) -> None:
+    async with rig(dirty_age_s=600, idle_s=1) as r:
+        await r.cache.write(0, b"1" * 4 * KIB)
+        r.faults.fail("write", 3, lambda: ConnectionLost("the target is gone"))
+        r.faults.fail("flush", 3, lambda: ConnectionLost("the target is gone"))
+        await trio.sleep(30)
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"1" * 4 * KIB
+        with pytest.raises(ConnectionLost):
+            await r.cache.flush()  # a write-back has failed, and nobody was told
+
+
 async def test_write_back_begins_above_the_low_watermark(autojump_clock: object) -> None:
     async with rig(dirty_max_bytes=MIB) as r:
         for offset in range(0, MIB, 128 * KIB):
