@@ -33,8 +33,12 @@ from orion_iscsifs.errors import DeviceError, OrionError
 
 log = logging.getLogger(__name__)
 
-WORKERS: Final = 16
+WORKERS: Final = 64
 """Write-back requests in flight at most."""
+IN_FLIGHT_MAX_BYTES: Final = 16 << 20
+"""Many small requests keep a distant device busy, few large ones fill the link."""
+FUA_REQUESTS_MAX: Final = 16
+"""A disk that has to write more than these one by one is better asked to flush once."""
 IDLE_S: Final = 1.0
 """Without a write for so long, what is dirty goes to the device, and the device is flushed."""
 AGE_TICK_S: Final = 0.1
@@ -65,7 +69,8 @@ class Destager:
         self._waking = False
         """A worker has been woken and has not looked yet."""
         self._timer = trio.lowlevel.ParkingLot()
-        self._staging = StagingBuffers(keep_max=WORKERS)
+        self._staging = StagingBuffers(keep_max=IN_FLIGHT_MAX_BYTES // STAGING_BYTES)
+        self._sending_bytes = 0
         self._flusher = SharedFlush(device.flush)
         self.books = DirtyFrames(
             table,
@@ -128,7 +133,7 @@ class Destager:
         geometry = self._device.geometry
         if geometry.write_cache and geometry.fua and not self._flusher.is_needed:
             self.books.end_rest()
-            if self.books.fits_one_wave(frames, WORKERS):
+            if self.books.fits_one_wave(frames, FUA_REQUESTS_MAX):
                 self.books.pick(sorted(frames, key=lambda frame: frame.number), fua=True)
                 self.wake()
 
@@ -188,7 +193,9 @@ class Destager:
 
     async def _work(self) -> None:
         while True:
-            extent = self.books.next_extent(everything=bool(self.waiting_writers))
+            extent = None
+            if self._sending_bytes < IN_FLIGHT_MAX_BYTES:  # else whoever ends goes on
+                extent = self.books.next_extent(everything=bool(self.waiting_writers))
             if extent is None:
                 await self._idle.park()
                 self._waking = False
@@ -229,6 +236,7 @@ class Destager:
         error: Exception | None = None
         succeeded = False
         buffer = self._staging.take(extent.length)
+        self._sending_bytes += extent.length
         try:
             # The device may have shrunk: what it no longer has waits until it grows again.
             check_request(self._device.geometry, extent.offset, extent.length)
@@ -238,6 +246,7 @@ class Destager:
             error = caught
         finally:
             self._staging.give_back(buffer)
+            self._sending_bytes -= extent.length
             if succeeded and not extent.fua:
                 self.wrote()
             self.books.settle(extent, succeeded=succeeded, refused=isinstance(error, DeviceError))

@@ -21,6 +21,12 @@ import trio
 from orion_iscsifs.block.device import BlockDevice, check_request
 from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.block.ranges import Range, split
+from orion_iscsifs.cache.destage import (
+    FUA_REQUESTS_MAX,
+    IDLE_S,
+    IN_FLIGHT_MAX_BYTES,
+    WORKERS,
+)
 from orion_iscsifs.cache.epochs import Change, Epoch, Epochs, Request, requests
 from orion_iscsifs.cache.extents import ExtentMap
 from orion_iscsifs.cache.ring import Ring
@@ -32,10 +38,6 @@ from orion_iscsifs.localstore.store import LogError, LogStore
 
 log = logging.getLogger(__name__)
 
-WORKERS: Final = 16
-"""Requests in flight at most."""
-IDLE_S: Final = 1.0
-"""Without a write for so long, what is there goes to the device."""
 RETRY_DELAY_S: Final = 0.1
 RETRY_DELAY_MAX_S: Final = 5.0
 _PAGE_BYTES: Final = 4096
@@ -67,7 +69,7 @@ class LogDestager:
         self._statistics = statistics
         self._ordered = ordered
         self._age_s = dirty_age_s
-        self._staging = StagingBuffers(keep_max=WORKERS)
+        self._staging = StagingBuffers(keep_max=IN_FLIGHT_MAX_BYTES // STAGING_BYTES)
         self._wake = trio.lowlevel.ParkingLot()
         self._drains = 0
         """Who waits until everything is on the device."""
@@ -200,7 +202,7 @@ class LogDestager:
         length_max = min(self._device.geometry.optimal_transfer_bytes, STAGING_BYTES)
         everything = list(requests(changes, max(length_max, 64 << 10)))
         geometry = self._device.geometry
-        fua = geometry.write_cache and geometry.fua and len(everything) <= WORKERS
+        fua = geometry.write_cache and geometry.fua and len(everything) <= FUA_REQUESTS_MAX
         delay_s, todo = RETRY_DELAY_S, everything
         while todo:
             todo = await self._send(todo, fua=fua)
@@ -227,13 +229,15 @@ class LogDestager:
         """Those that are to be tried again."""
         again: list[Request] = []
         line = iter(todo)
+        longest = max(min(request.length, STAGING_BYTES) for request in todo)
+        workers = min(WORKERS, IN_FLIGHT_MAX_BYTES // longest)
 
         async def work() -> None:
             for request in line:
                 again.extend(await self._try(request, fua=fua))
 
         async with trio.open_nursery() as nursery:
-            for _ in range(min(WORKERS, len(todo))):
+            for _ in range(min(workers, len(todo))):
                 nursery.start_soon(work)
         return again
 

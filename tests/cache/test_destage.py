@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from orion_iscsifs.cache.destage import IN_FLIGHT_MAX_BYTES, WORKERS
 from orion_iscsifs.cache.frames import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.errors import ConnectionLost, DeviceError, ScsiError
 from tests.cache.helpers import KIB, MIB, Rig, rig
@@ -66,6 +67,27 @@ async def test_a_sequential_stream_reaches_the_device_in_large_writes(
         await r.cache.flush()
         assert len(r.writes()) <= 40
         assert sum(length for _, length in r.writes()) == 16 * MIB
+
+
+async def test_many_small_requests_or_few_large_ones_are_in_flight(autojump_clock: object) -> None:
+    async with rig(size_bytes=128 * MIB, cache_bytes=96 * MIB, dirty_max_bytes=90 * MIB) as r:
+        r.faults.hold("write")
+        for number in range(100):
+            await r.cache.write(number * 256 * KIB, b"x" * 4 * KIB)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.cache.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert r.faults.waiting["write"] == WORKERS
+            r.faults.release("write")
+        r.faults.hold("write")
+        for number in range(30):
+            await r.cache.write(number * 2 * MIB, b"x" * MIB)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.cache.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert r.faults.waiting["write"] * MIB == IN_FLIGHT_MAX_BYTES
+            r.faults.release("write")
+        assert r.cache.statistics.dirty_bytes == 0
 
 
 async def test_runs_grow_in_both_directions(autojump_clock: object) -> None:
