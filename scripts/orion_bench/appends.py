@@ -91,7 +91,8 @@ def _file_system(file: Path, folder: Path) -> Iterator[Path]:
     device = run(["losetup", "--direct-io=on", "--find", "--show", file]).strip()
     try:
         lazy = "lazy_itable_init=0,lazy_journal_init=0"
-        run(["mkfs.ext4", "-q", "-F", "-E", lazy, device, "256M"], timeout_s=120)
+        # Blocks as on a large disk; a small one would get 1 KiB, and reads before writes.
+        run(["mkfs.ext4", "-q", "-F", "-b", "4096", "-E", lazy, device, "256M"], timeout_s=120)
         run(["mount", "-t", "ext4", device, mountpoint])
         try:
             yield mountpoint
