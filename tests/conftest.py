@@ -6,6 +6,7 @@ names the third-party programs it runs. A test whose needs are not met is skippe
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # Debian keeps mkfs, losetup and tgtd where an ordinary user's PATH does not look.
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_FOLDERS}"
+    # A shell's background jobs ignore it, and so would every program that a test interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fuse_is_missing() -> str | None:

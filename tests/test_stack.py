@@ -64,6 +64,19 @@ async def test_a_read_only_mount() -> None:
         await check_read_only_device(factory)
 
 
+async def test_the_status_counts_what_was_fetched_ahead() -> None:
+    async with world(mount()) as (_, _disk, stack):
+        buffer = memoryview(bytearray(4096))
+        for offset in range(0, 16 * 4096, 4096):
+            await stack.files["lun1"].read_into(offset, buffer)
+        (shown,) = stack.status()["luns"]
+        assert shown["readahead_bytes"] >= shown["readahead_hit_bytes"] > 0
+        assert shown["readahead_waste_bytes"] == 0
+        assert shown["readahead_window_bytes"] > 0
+        assert shown["round_trip_us"] > 0
+        assert "bandwidth_bytes_per_s" in shown, "null until enough has come"
+
+
 async def test_what_was_written_is_on_the_target_when_the_stack_has_closed() -> None:
     content = random.Random(2).randbytes(3 << 20)
     async with target() as (running, disk):
@@ -284,6 +297,7 @@ async def test_an_outage_is_waited_for_under_the_same_isid(mode: CacheMode) -> N
         after = stack.status()["sessions"][0]
         assert after["isid"] == before["isid"]
         assert after["counters"]["logins"] == 2
+        await stack.drain()  # with a log, a flush is done without the target
         assert bytes(disk.view[1 << 20 :][:6000]) == b"during" * 1000
 
 
@@ -298,6 +312,11 @@ async def test_after_replacement_timeout_io_fails_and_nothing_dirty_is_lost(
             await device.write(0, b"kept" * 1024)
             with pytest.raises(ReplacementTimedOut):
                 await device.flush()
+        elif mode is CacheMode.LOG:
+            await device.write(0, b"kept" * 1024)
+            await device.flush()
+            with pytest.raises(ReplacementTimedOut):
+                await stack.drain()
         else:
             with pytest.raises(ReplacementTimedOut):
                 await device.write(0, b"kept" * 1024)
@@ -314,3 +333,22 @@ async def test_after_replacement_timeout_io_fails_and_nothing_dirty_is_lost(
                 await device.flush()
             await device.flush()
             assert bytes(disk.view[:4096]) == b"kept" * 1024
+        if mode is CacheMode.LOG:
+            await stack.drain()
+            assert bytes(disk.view[:4096]) == b"kept" * 1024
+
+
+async def test_a_session_that_is_lost_while_a_check_writes_is_made_anew() -> None:
+    """The check registers the reservation's key again, after a restart that has forgotten it."""
+    async with world(mount(CacheMode.WRITETHROUGH)) as (running, disk, stack):
+        device = stack.files["lun1"]
+        await device.write(0, b"before" * 1000)
+        script = running.targets[0].faults
+        script.add(Fault(act=Act.SILENCE, opcode=OpCode.PERSISTENT_RESERVE_OUT))
+        await running.restart()
+        with trio.fail_after(20):
+            while not script.hits:
+                await trio.sleep(0.01)
+            running.drop_connections()
+            await device.write(0, b"after!" * 1000)
+        assert bytes(disk.view[:6000]) == b"after!" * 1000

@@ -11,6 +11,7 @@ import trio
 
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig, SessionConfig
+from orion_iscsifs.config.places import state_dir
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.target import Chap, Fault, RamDevice, Running, TargetConfig, serve
 from orion_iscsifs.target.settings import Limits
@@ -28,7 +29,14 @@ def session(**changes: Any) -> SessionConfig:
 
 
 def mount(mode: CacheMode = CacheMode.WRITEBACK, **changes: Any) -> MountConfig:
-    cache = CacheConfig(mode=mode, size_bytes=4 << 20, dirty_max_bytes=1 << 20, dirty_age_s=0.2)
+    cache = CacheConfig(
+        mode=mode,
+        size_bytes=4 << 20,
+        dirty_max_bytes=1 << 20,
+        dirty_age_s=0.2,
+        log_dir=str(state_dir() / "logs-of-luns"),
+        log_bytes=16 << 20,
+    )
     return MountConfig(session=session(**changes), cache=cache)
 
 
@@ -105,7 +113,7 @@ async def compare_with_model(
     script.clear()
     if not running.sessions:
         await running.restart()
-    await device.flush()
+    await stack.drain()
     assert bytes(disk.view) == model
     return hits
 

@@ -61,6 +61,8 @@ class Geometry:
     read_only: bool = False
     write_cache: bool = True
     """The device has a volatile write cache: `flush` costs something and is needed."""
+    fua: bool = True
+    """A write with `fua` needs no flush of its own (DPOFUA: SBC-3 §6.5.1)."""
 
     def __post_init__(self) -> None:
         assert self.size_bytes % self.logical_block_bytes == 0, "the size is whole logical blocks"

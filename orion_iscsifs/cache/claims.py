@@ -13,6 +13,7 @@ from orion_iscsifs.cache.frames import (
     FRAME_BYTES,
     FRAME_SHIFT,
     PAGE_BYTES,
+    PAGE_SHIFT,
     Frame,
     FrameTable,
     page_runs,
@@ -45,11 +46,12 @@ def claim(table: FrameTable, run: Range) -> Fetch:
     return fetch
 
 
-def install(table: FrameTable, fetch: Fetch, content: memoryview, *, ahead: bool = False) -> None:
-    """End the claims: fill the claimed pages that nobody has written meanwhile.
+def install(table: FrameTable, fetch: Fetch, content: memoryview, *, ahead: bool = False) -> int:
+    """End the claims: fill the claimed pages that nobody has written meanwhile; how many bytes.
 
     `content` is what the device holds from `fetch.start` on. `ahead`: readahead brought it.
     """
+    installed = 0
     for frame, claimed in fetch.claims:
         frame.fetching &= ~claimed
         pages = claimed & ~frame.valid & ~table.beyond_the_end(frame)
@@ -59,7 +61,9 @@ def install(table: FrameTable, fetch: Fetch, content: memoryview, *, ahead: bool
         frame.fetched(pages)
         if ahead:
             frame.ahead |= pages
+        installed += pages.bit_count() << PAGE_SHIFT
         table.release(frame)
+    return installed
 
 
 def give_up(table: FrameTable, fetch: Fetch) -> None:

@@ -8,21 +8,24 @@ A failed write-back leaves its pages dirty; they are tried again after a delay, 
 somebody flushes. The failure is raised by each flush whose data it hit, and otherwise by the next
 flush, once.
 
+When nobody has written for a while, everything is brought to the device and made durable there.
+
 Room: the dirty bytes never exceed their cap. Writers that don't fit stand in one line (a fair
 lock), and only its head watches for room: they go on in the order in which they came.
 """
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 import trio
 
 from orion_iscsifs.block.device import BlockDevice, check_request
+from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.cache.dirty import DirtyFrames, Extent
-from orion_iscsifs.cache.flushing import DeviceFlusher
 from orion_iscsifs.cache.frames import Frame, FrameTable
 from orion_iscsifs.cache.staging import STAGING_BYTES, StagingBuffers
 from orion_iscsifs.cache.statistics import CacheStatistics
@@ -30,8 +33,14 @@ from orion_iscsifs.errors import DeviceError, OrionError
 
 log = logging.getLogger(__name__)
 
-WORKERS: Final = 16
+WORKERS: Final = 64
 """Write-back requests in flight at most."""
+IN_FLIGHT_MAX_BYTES: Final = 16 << 20
+"""Many small requests keep a distant device busy, few large ones fill the link."""
+FUA_REQUESTS_MAX: Final = 16
+"""A disk that has to write more than these one by one is better asked to flush once."""
+IDLE_S: Final = 1.0
+"""Without a write for so long, what is dirty goes to the device, and the device is flushed."""
 AGE_TICK_S: Final = 0.1
 AGE_NAP_S: Final = 0.5
 """While anything is dirty its age is looked at between every tick and every nap."""
@@ -49,17 +58,20 @@ class Destager:
         *,
         dirty_max_bytes: int,
         dirty_age_s: float,
+        idle_s: float = IDLE_S,
     ) -> None:
         self._device = device
         self._table = table
         self._statistics = statistics
         self._age_s = dirty_age_s
+        self._idle_s = idle_s
         self._idle = trio.lowlevel.ParkingLot()
         self._waking = False
         """A worker has been woken and has not looked yet."""
         self._timer = trio.lowlevel.ParkingLot()
-        self._staging = StagingBuffers(keep_max=WORKERS)
-        self._flusher = DeviceFlusher(device)
+        self._staging = StagingBuffers(keep_max=IN_FLIGHT_MAX_BYTES // STAGING_BYTES)
+        self._sending_bytes = 0
+        self._flusher = SharedFlush(device.flush)
         self.books = DirtyFrames(
             table,
             exclusion,
@@ -104,8 +116,10 @@ class Destager:
 
     async def flush(self) -> None:
         """What is dirty now is durable when this returns; the error of a write-back is raised."""
+        frames = self.books.unwritten()
+        self._send_with_fua(frames)
         try:
-            await self.write_out(self.books.unwritten())
+            await self.write_out(frames)
         except OrionError:
             self._unreported = False
             raise
@@ -113,6 +127,15 @@ class Destager:
         if self._unreported:
             self._unreported = False
             raise self._last_error
+
+    def _send_with_fua(self, frames: list[Frame]) -> None:
+        """Save the device's flush, if all that is not durable can go in one wave of writes."""
+        geometry = self._device.geometry
+        if geometry.write_cache and geometry.fua and not self._flusher.is_needed:
+            self.books.end_rest()
+            if self.books.fits_one_wave(frames, FUA_REQUESTS_MAX):
+                self.books.pick(sorted(frames, key=lambda frame: frame.number), fua=True)
+                self.wake()
 
     def note_loss(self, error: DeviceError) -> None:
         """Something can never be written: the next flush says so."""
@@ -122,6 +145,7 @@ class Destager:
     def wrote(self) -> None:
         """The device has carried out a write: it needs a flush to be durable."""
         self._flusher.note_write()
+        self._timer.unpark()
 
     async def write_out(self, frames: Iterable[Frame]) -> None:
         """Return once the device has what is dirty now in these frames; raise if it refuses."""
@@ -169,7 +193,9 @@ class Destager:
 
     async def _work(self) -> None:
         while True:
-            extent = self.books.next_extent(everything=bool(self.waiting_writers))
+            extent = None
+            if self._sending_bytes < IN_FLIGHT_MAX_BYTES:  # else whoever ends goes on
+                extent = self.books.next_extent(everything=bool(self.waiting_writers))
             if extent is None:
                 await self._idle.park()
                 self._waking = False
@@ -179,26 +205,38 @@ class Destager:
             await self._write(extent)
 
     async def _watch_age(self) -> None:
-        """Makes old data due and lets resting frames go on."""
+        """Makes old data due, and all of it when nobody writes; lets resting frames go on."""
         books = self.books
+        seen, quiet_since = -1, 0.0
         while True:
-            deadline = books.next_deadline(self._age_s)
-            if deadline is None:
-                await self._timer.park()
-                continue
             now = trio.current_time()
-            if deadline <= now:
-                books.make_due(now - self._age_s)
+            if books.absorbed != seen:
+                seen, quiet_since = books.absorbed, now
+            is_quiet = now >= quiet_since + self._idle_s
+            deadline = books.next_deadline(self._age_s)
+            if deadline is not None and (is_quiet or deadline <= now):
+                books.make_due(now if is_quiet else now - self._age_s)
                 books.end_rest(now)
                 self.wake()
+            elif deadline is None and not self._flusher.is_needed:
+                await self._timer.park()
+                continue
+            elif deadline is None and is_quiet and not self._statistics.in_flight_bytes:
+                # What is not durable then stays noted, and a flush that is asked for will say so.
+                with suppress(OrionError):
+                    await self._flusher.flush()
+                quiet_since = trio.current_time()
+                continue
             # Awake again early enough for a write-back that fails meanwhile and rests briefly.
-            await trio.sleep(min(max(deadline - now, AGE_TICK_S), AGE_NAP_S))
+            wait_s = min(AGE_NAP_S, self._idle_s) if deadline is None else deadline - now
+            await trio.sleep(min(max(wait_s, AGE_TICK_S), AGE_NAP_S))
 
     async def _write(self, extent: Extent) -> None:
         """Send one extent and settle its pages, whatever happens."""
         error: Exception | None = None
         succeeded = False
         buffer = self._staging.take(extent.length)
+        self._sending_bytes += extent.length
         try:
             # The device may have shrunk: what it no longer has waits until it grows again.
             check_request(self._device.geometry, extent.offset, extent.length)
@@ -208,6 +246,7 @@ class Destager:
             error = caught
         finally:
             self._staging.give_back(buffer)
+            self._sending_bytes -= extent.length
             if succeeded and not extent.fua:
                 self.wrote()
             self.books.settle(extent, succeeded=succeeded, refused=isinstance(error, DeviceError))

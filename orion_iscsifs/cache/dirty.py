@@ -13,8 +13,8 @@ count a frame's write-backs, so that a flush can name what it waits for (`goal`)
 write-back under way, or of the next one if anything is dirty now. What is written later belongs to
 a later one: no writer can keep a flush from ending.
 
-What is due: everything above the low watermark, everything older than `dirty_age_s`, everything
-while a writer waits for room, and what somebody waits for (`_wanted`).
+What is due: everything above the low watermark, everything older than `dirty_age_s` (or all, when
+nobody writes), everything while a writer waits for room, and what somebody waits for (`_wanted`).
 
 A frame whose write-back failed sits out a delay that doubles each time (`_resting`). If it was the
 device that refused (`suspect`), the frame goes alone and page by page until it has been written:
@@ -91,6 +91,8 @@ class DirtyFrames:
         on_first: Callable[[], object],
         on_due: Callable[[], object],
     ) -> None:
+        self.absorbed = 0
+        """Writes that were taken so far."""
         self._table = table
         self._exclusion = exclusion
         self._statistics = statistics
@@ -131,9 +133,12 @@ class DirtyFrames:
             elif self._waiting_bytes - fresh <= self._dirty_low < self._waiting_bytes:
                 self._on_due()
             frame.write(pages)
+            if frame.ahead & pages:
+                self._table.waste(frame, pages)
         if known & pages == pages:
             frame.visited = True
         frame.view[start:end] = source
+        self.absorbed += 1
         return None
 
     def _became_dirty(self, frame: Frame) -> None:
@@ -151,7 +156,7 @@ class DirtyFrames:
         pages &= frame.valid
         self._statistics.dirty_bytes -= (pages & frame.dirty).bit_count() << PAGE_SHIFT
         frame.supersede(pages)
-        frame.ahead &= ~pages
+        self._table.waste(frame, pages)
         if not frame.dirty:
             self._unlist(frame)
         self._table.release(frame)
@@ -233,6 +238,17 @@ class DirtyFrames:
             if pages_touched(start - base, end - base) & ~frame.dirty:
                 return False
         return True
+
+    def fits_one_wave(self, frames: Iterable[Frame], requests_max: int) -> bool:
+        """Whether all of these frames could be picked now, for so many requests at most."""
+        count = 0
+        for frame in frames:
+            if not self._is_pickable(frame) or frame.suspect:
+                return False
+            count += sum(1 for _ in page_runs(frame.dirty))
+            if count > requests_max:
+                return False
+        return not self._ready
 
     def pick(self, frames: Iterable[Frame], *, fua: bool = False) -> None:
         """Move all that is dirty in these frames, in order of offset, to `next_extent`."""

@@ -17,7 +17,6 @@ Races, and why they are harmless:
 
 import trio
 
-from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range, clip, cover, split
 from orion_iscsifs.cache.claims import (
@@ -38,6 +37,7 @@ from orion_iscsifs.cache.frames import (
     page_runs,
     pages_touched,
 )
+from orion_iscsifs.cache.gauge import Gauge
 from orion_iscsifs.cache.prefetch import Prefetcher
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.errors import OrionError
@@ -48,7 +48,7 @@ class Fetcher:
 
     def __init__(
         self,
-        device: BlockDevice,
+        device: Gauge,
         table: FrameTable,
         exclusion: RangeLock,
         statistics: CacheStatistics,

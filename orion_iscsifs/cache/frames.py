@@ -27,6 +27,8 @@ FRAME_SHIFT: Final = 16
 FRAME_BYTES: Final = 1 << FRAME_SHIFT
 _PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 FRAME_MASK: Final = FRAME_BYTES - 1
+UNREAD_SHARE: Final = 8
+"""One such part of the cache is readahead's, on top of the share that newcomers have."""
 PAGES_PER_FRAME: Final = FRAME_BYTES // PAGE_BYTES
 
 
@@ -164,6 +166,7 @@ class FrameTable:
         """Who waits for a frame to become idle, or for dirty bytes to become fewer."""
         self._queues: S3Fifo[Frame] = S3Fifo(frames_max)
         self._statistics = statistics
+        self._unread_frames_max = frames_max // UNREAD_SHARE
         self._allocated = 0
         self._memory = memoryview(mmap.mmap(-1, frames_max << FRAME_SHIFT, flags=_PRIVATE))
 
@@ -184,6 +187,12 @@ class FrameTable:
                 self.freed.unpark()
         frame.wake()
 
+    def waste(self, frame: Frame, pages: int) -> None:
+        """What readahead brought of these pages, and nobody has read, is of no use any more."""
+        lost = frame.ahead & pages
+        frame.ahead ^= lost
+        self._statistics.readahead_waste_bytes += lost.bit_count() << PAGE_SHIFT
+
     def in_range(self, wanted: Range) -> list[Frame]:
         """The frames with a byte of the range, in no particular order."""
         first, last = wanted[0] >> FRAME_SHIFT, (wanted[1] + FRAME_MASK) >> FRAME_SHIFT
@@ -202,11 +211,15 @@ class FrameTable:
     def check(self) -> None:
         """Assert what must hold whenever no task is in the middle of something."""
         assert self._allocated <= self.frames_max, "more frames than the cache may have"
+        unread = 0
         for number, frame in self.frames.items():
             assert frame.number == number
             assert frame.queued or frame.busy, f"frame {number} can never be evicted"
+            assert not frame.ahead & ~frame.valid, f"frame {number}: unread and not there"
+            unread += frame.ahead.bit_count() << PAGE_SHIFT
             wrong = broken_invariants(valid=frame.valid, dirty=frame.dirty, writing=frame.writing)
             assert not wrong, f"frame {number}: {wrong}"
+        assert unread == self._statistics.readahead_unread_bytes, "readahead is miscounted"
 
     def _new(self, number: int) -> Frame | None:
         frame: Frame | None
@@ -215,13 +228,14 @@ class FrameTable:
             frame = Frame(self._memory[start : start + FRAME_BYTES])
             self._allocated += 1
         else:
-            frame = self._queues.evict()
+            unread = self._statistics.readahead_unread_bytes >> FRAME_SHIFT
+            frame = self._queues.evict(spared=min(unread, self._unread_frames_max))
             if frame is None:
                 return None
-            self._statistics.readahead_waste_bytes += frame.ahead.bit_count() << PAGE_SHIFT
             del self.frames[frame.number]
+            if frame.ahead:
+                self.waste(frame, frame.ahead)
             frame.drop(frame.valid)
-            frame.ahead = 0
         frame.number = number
         self.frames[number] = frame
         self._queues.admit(frame)

@@ -5,7 +5,8 @@ advice to use one bit for block I/O. Three FIFO queues:
 
 * `small` takes newcomers and is kept at a tenth of the entries. Whoever leaves it unused is
   evicted and remembered by name in the ghost list; whoever was used moves on to `main`. So a scan
-  passes through without touching `main`.
+  passes through without touching `main`. What was fetched ahead has to live until it is read, so
+  `small` may exceed its share by entries that wait for that.
 * `main` gives an entry that was used another round, and evicts it otherwise.
 * the ghost list holds names only: a newcomer found there goes to `main` at once.
 
@@ -67,10 +68,14 @@ class S3Fifo(Generic[EntryT]):
         entry.queued = True
         (self._main if entry.proven else self._small).append(entry)
 
-    def evict(self) -> EntryT | None:
-        """Take out the entry to reuse; None when all are busy."""
+    def evict(self, *, spared: int = 0) -> EntryT | None:
+        """Take out the entry to reuse; None when all are busy.
+
+        `spared` entries of `small` don't count: they have not had their chance to be used yet.
+        """
+        small_max = self._small_max + spared
         while self._small or self._main:
-            from_small = len(self._small) > self._small_max or not self._main
+            from_small = len(self._small) > small_max or not self._main
             entry = (self._small if from_small else self._main).popleft()
             entry.queued = False
             if entry.busy:

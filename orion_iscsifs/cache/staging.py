@@ -23,3 +23,7 @@ class StagingBuffers:
     def give_back(self, buffer: memoryview) -> None:
         if len(buffer) == STAGING_BYTES and len(self._free) < self._keep_max:
             self._free.append(buffer)
+
+    def shrink(self, keep: int) -> None:
+        """Let go of all but `keep`: the rush is over."""
+        del self._free[keep:]

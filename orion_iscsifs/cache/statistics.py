@@ -23,8 +23,12 @@ class CacheStatistics:
     throttled_writes: int = 0
     """Writes that had to wait for room."""
     readahead_bytes: int = 0
-    """Brought ahead of a reader."""
+    """Brought ahead of a reader: hits, waste, and what waits in the cache to be read."""
     readahead_hit_bytes: int = 0
     """The part of it that was read."""
     readahead_waste_bytes: int = 0
-    """The part of it that was evicted unread."""
+    """The part of it that went unread: evicted, overwritten, discarded, or nowhere to put."""
+
+    @property
+    def readahead_unread_bytes(self) -> int:
+        return self.readahead_bytes - self.readahead_hit_bytes - self.readahead_waste_bytes

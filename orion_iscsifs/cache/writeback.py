@@ -39,7 +39,7 @@ from orion_iscsifs.block.device import (
 )
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range, cover, split, subtract, within
-from orion_iscsifs.cache.destage import Destager
+from orion_iscsifs.cache.destage import IDLE_S, Destager
 from orion_iscsifs.cache.dirty import Obstacle
 from orion_iscsifs.cache.fetch import Fetcher
 from orion_iscsifs.cache.frames import (
@@ -53,8 +53,8 @@ from orion_iscsifs.cache.frames import (
     pages_covered,
     pages_touched,
 )
+from orion_iscsifs.cache.gauge import CACHE_SHARE, Gauge, link_for
 from orion_iscsifs.cache.prefetch import Prefetcher
-from orion_iscsifs.cache.readahead import WINDOW_AUTO_MAX_BYTES, Readahead
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.config import CacheConfig, CacheMode
 from orion_iscsifs.errors import DeviceError, OrionError, UsageError, WriteProtected
@@ -73,18 +73,21 @@ class WritebackCache:
     Leaving the block flushes, unless it was cancelled; the flush's error is raised.
     """
 
-    def __init__(self, device: BlockDevice, config: CacheConfig) -> None:
+    def __init__(self, device: BlockDevice, config: CacheConfig, *, idle_s: float = IDLE_S) -> None:
+        """`idle_s`: without a write for so long, everything is made durable on the device."""
         _check_config(config)
         self.statistics = CacheStatistics()
         self._device = device
         self._write_through = config.mode is CacheMode.WRITETHROUGH
         self._exclusion = RangeLock()
         self._table = FrameTable(config.size_bytes // FRAME_BYTES, self.statistics)
+        self.link = link_for(config)
+        gauge = Gauge(device, self.link)
         self._prefetcher = Prefetcher(
-            device, self._table, self._exclusion, self.statistics, Readahead(_window_max(config))
+            gauge, self._table, self._exclusion, self.statistics, config.size_bytes // CACHE_SHARE
         )
         self._fetcher = Fetcher(
-            device, self._table, self._exclusion, self.statistics, self._prefetcher
+            gauge, self._table, self._exclusion, self.statistics, self._prefetcher
         )
         self._destager = Destager(
             device,
@@ -93,6 +96,7 @@ class WritebackCache:
             self.statistics,
             dirty_max_bytes=config.dirty_max_bytes,
             dirty_age_s=config.dirty_age_s,
+            idle_s=idle_s,
         )
         self._books = self._destager.books
         # Names for the hot paths. The lists and the dict are the owners' own, never replaced.
@@ -453,14 +457,6 @@ def _pages_of(frame: Frame, span: Range) -> int:
     base, end = frame.span
     first, last = max(span[0], base), min(span[1], end)
     return pages_touched(first - base, last - base) if first < last else 0
-
-
-def _window_max(config: CacheConfig) -> int:
-    """The largest readahead window; what it brings must not fill the cache."""
-    if config.readahead == "off":
-        return 0
-    wanted = WINDOW_AUTO_MAX_BYTES if config.readahead == "auto" else config.readahead
-    return min(wanted, config.size_bytes // 8)
 
 
 def _check_config(config: CacheConfig) -> None:

@@ -34,6 +34,7 @@ from orion_iscsifs.custody import custody
 from orion_iscsifs.errors import MountError, OrionError
 from orion_iscsifs.fuse.control import control_files
 from orion_iscsifs.fuse.handover import Handover
+from orion_iscsifs.fuse.hardening import Hardening
 from orion_iscsifs.fuse.mount import FuseMount
 from orion_iscsifs.fuse.operations import DeviceFiles
 from orion_iscsifs.monitor import control, metrics
@@ -63,6 +64,8 @@ class Stack(Protocol):
 
     def on_files_change(self, listener: Callable[[str, BlockDevice | None], None]) -> None: ...
 
+    async def drain(self) -> None: ...
+
     def unmounting(self) -> None: ...
 
     async def end_earlier(self) -> list[str]: ...
@@ -79,13 +82,20 @@ class Daemon:
     """One mount, from log-in to log-out."""
 
     def __init__(
-        self, source: Source, mountpoint: str, config: MountConfig, open_stack: OpenStack
+        self,
+        source: Source,
+        mountpoint: str,
+        config: MountConfig,
+        open_stack: OpenStack,
+        *,
+        hardening: Hardening,
     ) -> None:
-        """`mountpoint` has passed `fuse.mountpoint.check`."""
+        """`mountpoint` has passed `fuse.mountpoint.check`; `hardening` is what is in force."""
         self._source = source
         self._mountpoint = mountpoint
         self._config = config
         self._open_stack = open_stack
+        self._hardening = hardening
         self._scope = trio.CancelScope()
         self._abandon = trio.Event()
         self._state: str | None = None
@@ -230,7 +240,7 @@ class Daemon:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._cancel_when_abandoned, nursery.cancel_scope)
-                    await self._flush_all()
+                    await self._stack.drain()
                     nursery.cancel_scope.cancel()
                     _log.info("everything is durable on the target")
                     self._scope.deadline = trio.current_time() + CLOSE_S
@@ -254,11 +264,6 @@ class Daemon:
     async def _cancel_when_abandoned(self, scope: trio.CancelScope) -> None:
         await self._abandon.wait()
         scope.cancel()
-
-    async def _flush_all(self) -> None:
-        async with trio.open_nursery() as nursery:
-            for device in self._stack.files.values():
-                nursery.start_soon(device.flush)
 
     def _give_up(self) -> None:
         self._abandon.set()
@@ -285,6 +290,7 @@ class Daemon:
             kernel=self._mount.limits.as_dict(),
             supervisor_pid=custody.supervisor_pid,
             takeovers=custody.takeovers,
+            hardening=self._hardening.as_dict(),
         )
 
     def _status_before(self) -> Status:
@@ -320,7 +326,7 @@ class Daemon:
             if self._is_open is not None:
                 await self._is_open.wait()
             try:
-                await self._flush_all()
+                await self._stack.drain()
             except* OrionError as group:
                 failure = orion_error(group)
             nursery.cancel_scope.cancel()

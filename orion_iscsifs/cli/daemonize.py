@@ -7,14 +7,15 @@ terminal, tells through a pipe how the start went: `{"pid": …}`, then either `
 
 import json
 import logging
+import math
 import os
 import select
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from orion_iscsifs.cli.report import Exit, Failed, describe, exit_code, orion_error, verbosity
 
@@ -22,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 INTERRUPTED_S: Final = 10.0
 """How long an interrupted start may take to end."""
+TICK_S: Final = 0.05
+"""How soon an interrupt is noticed."""
 
 Body = Callable[[Callable[[], None]], None]
 """Runs the daemon; calls its argument once the mount can be used."""
@@ -30,19 +33,23 @@ Body = Callable[[Callable[[], None]], None]
 def run_in_background(body: Body, *, failure: int) -> None:
     """Return once the daemon is ready. Raises `Failed` with its one line if it never is."""
     reading, writing = os.pipe()
-    # An interrupt in the middle of a fork would be swallowed by Python's own hooks, or leave a
-    # daemon that nobody knows of. It is kept until it can be acted on.
+    # An interrupt in the middle of a fork would be swallowed by Python's own hooks, and one in the
+    # middle of reading could cost a message. So it stays blocked, and is asked for.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    first = os.fork()
-    if first == 0:
+    try:
+        first = os.fork()
+        if first == 0:
+            os.close(reading)
+            _leave_terminal()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _run(body, writing, failure)
+        os.close(writing)
+        os.waitpid(first, 0)
+        _await_ready(reading, failure)
+    finally:
         os.close(reading)
-        _leave_terminal()
+        _take_interrupt()  # it has been heeded, or came too late
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _run(body, writing, failure)
-    os.close(writing)
-    os.waitpid(first, 0)
-    with os.fdopen(reading, "rb") as messages:
-        _await_ready(messages, failure, before)
 
 
 def _leave_terminal() -> None:
@@ -93,32 +100,44 @@ def _run(body: Body, writing: int, failure: int) -> NoReturn:
     os._exit(code)
 
 
-def _await_ready(messages: BinaryIO, failure: int, mask: set[int]) -> None:
-    """`mask`: the signals that are to be blocked from now on."""
-    pid = 0
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for line in messages:
-            message = json.loads(line)
-            pid = message.get("pid", pid)
-            if message.get("ready"):
-                return
-            if "error" in message:
-                raise Failed(message["error"], message["code"])
-    except KeyboardInterrupt:
-        pid = pid or json.loads(messages.readline() or b"{}").get("pid", 0)
-        if pid:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        _await_end(messages)
-        raise Failed("mount: interrupted", failure, advice="nothing is mounted") from None
+def _await_ready(pipe: int, failure: int) -> None:
+    """Return when the daemon says that it is ready; after an interrupt, end it."""
+    heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    pid, told, give_up_at = 0, False, math.inf
+    for message in _messages(pipe):
+        pid = message.get("pid", pid)
+        if _take_interrupt() and heeded:
+            give_up_at = min(give_up_at, time.monotonic() + INTERRUPTED_S)
+        if give_up_at < math.inf:
+            if pid and not told:
+                told = True
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            if time.monotonic() > give_up_at:
+                break
+        elif message.get("ready"):
+            return
+        elif "error" in message:
+            raise Failed(message["error"], message["code"])
+    if give_up_at < math.inf:
+        raise Failed("mount: interrupted", failure, advice="nothing is mounted")
     raise Failed("mount: the daemon died at its start", failure, advice="run it with -f to see why")
 
 
-def _await_end(messages: BinaryIO) -> None:
-    """Wait until the daemon has closed its end of the pipe, as its exit does."""
-    poll, ends = select.poll(), time.monotonic() + INTERRUPTED_S
-    poll.register(messages, select.POLLIN)
-    while (left_s := ends - time.monotonic()) > 0 and poll.poll(left_s * 1000):
-        if not os.read(messages.fileno(), 4096):
-            return
+def _messages(pipe: int) -> Iterator[dict[str, Any]]:
+    """What the daemon says until it closes its end, as its exit does; now and then nothing, {}."""
+    poll, rest = select.poll(), b""
+    poll.register(pipe, select.POLLIN)
+    while True:
+        yield {}
+        if poll.poll(TICK_S * 1000):
+            content = os.read(pipe, 4096)
+            if not content:
+                return
+            *lines, rest = (rest + content).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def _take_interrupt() -> bool:
+    """Whether the user has pressed Ctrl-C since the last call."""
+    return signal.sigtimedwait({signal.SIGINT}, 0) is not None

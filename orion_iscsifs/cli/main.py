@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "status": ("orion_iscsifs.cli.status", "show mounts, sessions and caches"),
     "flush": ("orion_iscsifs.cli.flush", "make everything written durable on the target"),
     "trim": ("orion_iscsifs.cli.trim", "discard a range of a LUN, so that the target frees it"),
+    "cache": ("orion_iscsifs.cli.cache", "the persistent logs on the local disk"),
     "install-helpers": ("orion_iscsifs.cli.install_helpers", "link mount(8)'s helpers into /sbin"),
     "target": ("orion_iscsifs.cli.target", "the embedded iSCSI target"),
     "demo": ("orion_iscsifs.cli.demo", "try everything out, without any configuration"),

@@ -123,15 +123,19 @@ def _body(
 
         from orion_iscsifs.cli import daemon, logs
         from orion_iscsifs.cli.supervisor import Supervisor
+        from orion_iscsifs.fuse.hardening import harden
 
         chosen = open_stack or _real_stack()
 
         def work(ready: Callable[[], None]) -> None:
-            trio.run(daemon.Daemon(source, mountpoint, config, chosen).run, ready)
+            hardening = harden()  # again: a lock does not survive a fork
+            served = daemon.Daemon(source, mountpoint, config, chosen, hardening=hardening)
+            trio.run(served.run, ready)
 
         def configure_log() -> None:
             logs.configure(state_dir(), mountpoint, foreground=foreground, debug=verbosity.debug)
 
+        harden()  # the supervisor itself
         lock_path(runtime_dir(), mountpoint).write_text(str(os.getpid()))
         Supervisor(mountpoint, _obstacle(config), work, configure_log, foreground).run(ready)
 

@@ -13,7 +13,8 @@ on where the dead one was (`fuse/takeover.py`). For programs that use the mount 
 **When that is safe.** The kernel believes in everything that was acknowledged. If the dead worker
 had an acknowledged write in its memory only, going on would be silent corruption, worse than a dead
 mount. So a mount is taken over only if `MountConfig.survives_the_worker`: `cache=none` and
-`writethrough` (the target had it before it was acknowledged), and read-only mounts. And no write
+`writethrough` (the target had it before it was acknowledged), `log` (the log had it, and the new
+worker goes on with it), and read-only mounts. And no write
 that a dead worker has sent may land after the kernel's repetition of it, or after a later one: the
 new worker ends the dead one's sessions by logging in under the same ISIDs before it answers
 anything (`cli/reopening.py`). Nobody else may have written meanwhile: the locks of the LUNs are

@@ -8,11 +8,13 @@ from typing import Literal, TypeVar, cast
 
 from orion_iscsifs.config.secrets import length_warnings, read_secret_file
 from orion_iscsifs.config.settings import (
+    LOG_BYTES_MIN,
     AuthConfig,
     CacheConfig,
     CacheMode,
     ChapAlgorithm,
     ChapCredentials,
+    Destage,
     DigestPreference,
     FuseConfig,
     MountConfig,
@@ -222,13 +224,36 @@ def _cache(reader: _Reader) -> CacheConfig:
             advice="dirty data lives in the cache: raise cache_size or lower dirty_max",
         )
     readahead: Literal["auto", "off"] | int = reader.get("readahead", defaults.readahead)
+    mode = CacheMode(reader.get("cache", defaults.mode))
     return CacheConfig(
-        mode=CacheMode(reader.get("cache", defaults.mode)),
+        mode=mode,
         size_bytes=size,
         dirty_max_bytes=dirty_max,
         dirty_age_s=reader.get("dirty_age", defaults.dirty_age_s),
         readahead=readahead,
+        log_dir=_log_dir(reader, mode),
+        log_bytes=_log_bytes(reader),
+        destage=Destage(reader.get("destage", defaults.destage)),
     )
+
+
+def _log_dir(reader: _Reader, mode: CacheMode) -> str | None:
+    folder = _absolute(reader.text("log_dir"))
+    if mode is CacheMode.LOG and folder is None:
+        raise UsageError(
+            "option cache=log: where is the log to be?",
+            advice="add log_dir=DIR, a folder on a local disk",
+        )
+    return folder
+
+
+def _log_bytes(reader: _Reader) -> int:
+    size = reader.get("log_size", CacheConfig().log_bytes)
+    if size < LOG_BYTES_MIN:
+        raise UsageError(
+            f"option log_size={size}: is less than {LOG_BYTES_MIN}", advice="a log needs 16M"
+        )
+    return size
 
 
 def _fuse(reader: _Reader) -> FuseConfig:

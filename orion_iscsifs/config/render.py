@@ -1,6 +1,7 @@
 """A `MountConfig` as the TOML of `.orion/config.toml`: effective values, secrets as `***`."""
 
 from orion_iscsifs.config.settings import (
+    CacheConfig,
     ChapCredentials,
     MountConfig,
     MultipathConfig,
@@ -43,6 +44,7 @@ def _words(config: MountConfig) -> list[tuple[str, object]]:
         ("cache_size", cache.size_bytes),
         ("dirty_max", cache.dirty_max_bytes),
         ("dirty_age", cache.dirty_age_s),
+        *_log(cache),
         ("readahead", cache.readahead),
         ("replacement_timeout", session.replacement_timeout_s),
         ("login_timeout", session.login_timeout_s),
@@ -63,6 +65,13 @@ def _tls(tls: TlsConfig | None) -> list[tuple[str, object]]:
     """Names of files: what is secret in them is not read here."""
     files = () if tls is None else (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key))
     return [(f"tls_{name}", path) for name, path in files if path is not None]
+
+
+def _log(cache: CacheConfig) -> list[tuple[str, object]]:
+    if cache.log_dir is None:
+        return []
+    words = ("log_dir", cache.log_dir), ("log_size", cache.log_bytes)
+    return [*words, ("destage", str(cache.destage))]
 
 
 def _paths(config: MultipathConfig, bind: str | None) -> list[tuple[str, object]]:

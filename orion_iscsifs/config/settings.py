@@ -12,6 +12,8 @@ import msgspec
 
 CONNECTIONS_MAX: Final = 16
 """Of one session."""
+LOG_BYTES_MIN: Final = 16 << 20
+"""Of one persistent log."""
 
 
 class Secret(str):
@@ -53,6 +55,17 @@ class CacheMode(enum.StrEnum):
     NONE = "none"
     WRITETHROUGH = "writethrough"
     WRITEBACK = "writeback"
+    LOG = "log"
+    """Write-back, with a persistent log on a local disk."""
+
+
+class Destage(enum.StrEnum):
+    """In which order the persistent log goes to the target."""
+
+    ORDERED = "ordered"
+    """Flush by flush: the target is always in a state that the order of flushes allows."""
+    FAST = "fast"
+    """Flushes merged: faster, and the target needs the log to be whole."""
 
 
 class PathPolicy(enum.StrEnum):
@@ -143,11 +156,17 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     dirty_age_s: float = 5.0
     readahead: Literal["auto", "off"] | int = "auto"
     """`auto`, `off`, or the largest window in bytes."""
+    log_dir: str | None = None
+    """Absolute; of the persistent logs, a folder in it for each LUN."""
+    log_bytes: int = 1 << 30
+    destage: Destage = Destage.ORDERED
+    log_force: bool = False
+    """Replay a log that is damaged, as far as it goes, or that may be out of date."""
 
     @property
-    def survives_the_worker(self) -> bool:
-        """Whether nothing that was acknowledged is lost with the process that has the cache."""
-        return self.mode in {CacheMode.NONE, CacheMode.WRITETHROUGH}
+    def survives_the_process(self) -> bool:
+        """Whether nothing that was acknowledged is lost with this process."""
+        return self.mode is not CacheMode.WRITEBACK
 
 
 class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,4 +219,4 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def survives_the_worker(self) -> bool:
         """Whether another process may go on with the mount when this one dies."""
-        return self.fuse.read_only or self.cache.survives_the_worker
+        return self.fuse.read_only or self.cache.survives_the_process

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from orion_iscsifs.config.settings import CacheMode, ChapAlgorithm
+from orion_iscsifs.config.settings import ChapAlgorithm
 
 Value = bool | int | float | str | tuple[ChapAlgorithm, ...] | tuple[str, ...] | None
 Parser = Callable[[str], Value]
@@ -95,13 +95,6 @@ def choice(*words: str) -> Parser:
         return text
 
     return parse
-
-
-def cache(text: str) -> str:
-    if text == "log":
-        raise ValueError("is not in this version: none, writethrough, writeback")
-    choice(*CacheMode)(text)
-    return text
 
 
 def whole_number(low: int, high: int) -> Parser:

@@ -12,6 +12,8 @@ from typing import Final
 from orion_iscsifs.config import values
 from orion_iscsifs.config.settings import (
     CONNECTIONS_MAX,
+    CacheMode,
+    Destage,
     DigestPreference,
     PathPolicy,
     ReserveMode,
@@ -84,11 +86,18 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "preempt": Option(values.flag, "", "take the reservation from whoever holds it"),
     "queue_depth": Option(values.queue_depth, "=auto|N", "commands in flight per LUN (auto)"),
     "cache": Option(
-        values.cache, "=WORD", "none, writethrough, writeback: what write() waits for (writeback)"
+        values.choice(*CacheMode),
+        "=WORD",
+        "none, writethrough, writeback, log: when a write is done (writeback)",
     ),
     "cache_size": Option(values.size_bytes, "=SIZE", "RAM block cache (256M)"),
     "dirty_max": Option(values.size_bytes, "=SIZE", "cap on unwritten bytes (half of cache_size)"),
     "dirty_age": Option(values.seconds, "=S", "longest time that a block stays unwritten (5)"),
+    "log_dir": Option(values.nonempty, "=DIR", "cache=log: where the persistent logs live"),
+    "log_size": Option(values.size_bytes, "=SIZE", "cache=log: of each LUN's log (1G)"),
+    "destage": Option(
+        values.choice(*Destage), "=WORD", "cache=log: ordered by flushes, or fast (ordered)"
+    ),
     "readahead": Option(values.readahead, "=auto|off|SIZE", "largest readahead window (auto)"),
     "replacement_timeout": Option(
         values.seconds_or_never,
@@ -111,9 +120,6 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 
 LATER: Final[Mapping[str, str]] = {
-    "log_dir": "the persistent write log",
-    "log_size": "the persistent write log",
-    "destage": "the persistent write log",
     "tier_dir": "the local read tier",
     "tier_size": "the local read tier",
     "tier_level": "the local read tier",

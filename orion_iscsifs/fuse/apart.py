@@ -23,6 +23,7 @@ ANSWER_S: Final = 5.0
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
 _CHUNK_BYTES: Final = 1 << 16
+_OWN_SCORE: Final = "/proc/self/oom_score_adj"
 
 
 class NoAnswer(TimeoutError):
@@ -62,6 +63,7 @@ def run(words: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
         raise
     finally:
         os.close(writing)
+    _no_exception_for(child)
     try:
         said = _read_all(reading, time.monotonic() + timeout_s)
     except BaseException:
@@ -74,6 +76,14 @@ def run(words: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
         os.close(reading)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), said
+
+
+def _no_exception_for(child: int) -> None:
+    """What a daemon starts is not kept from the OOM killer as the daemon is (`hardening.py`)."""
+    with suppress(OSError, ValueError), open(_OWN_SCORE, encoding="ascii") as ours:
+        if int(ours.read()) < 0:
+            with open(f"/proc/{child}/oom_score_adj", "w", encoding="ascii") as theirs:
+                theirs.write("0")
 
 
 def _read_all(reading: int, deadline: float) -> bytes:

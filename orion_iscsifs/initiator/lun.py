@@ -15,11 +15,18 @@ import trio
 
 from orion_iscsifs.block.device import Buffer, Geometry, GeometryListener, check_request
 from orion_iscsifs.block.ranges import Range
-from orion_iscsifs.errors import DeviceError, NotSupported, PathInaccessible, WriteProtected
+from orion_iscsifs.errors import (
+    DeviceError,
+    NotSupported,
+    OrionError,
+    PathInaccessible,
+    WriteProtected,
+)
 from orion_iscsifs.initiator.commands import SYNCHRONIZE_PATIENCE, LogicalUnit
 from orion_iscsifs.initiator.probe import LunInfo, probe
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.initiator.zeroing import Zeroing
+from orion_iscsifs.protocol.transfer import prompt_bytes_max
 from orion_iscsifs.scsi import cdb
 from orion_iscsifs.scsi.lun import encode_lun
 from orion_iscsifs.scsi.sense import SenseData, Status
@@ -29,6 +36,8 @@ log = logging.getLogger(__name__)
 
 ZERO_RUN_BYTES_MIN: Final = 64 << 10
 """Shorter runs of zeroes are not looked for: a command costs more than they do."""
+PROMPT_COMMANDS_MAX: Final = 8
+"""A write that needs more of them waits for an R2T instead."""
 _ZERO_RUN: Final = bytes(ZERO_RUN_BYTES_MIN)
 _PROBE_BYTES: Final = 8
 _NOTHING: Final = bytes(_PROBE_BYTES)
@@ -169,6 +178,8 @@ class LunDevice:
         if len(data) >= ZERO_RUN_BYTES_MIN and self._zeroing.is_cheap and runs_of_zeroes(data):
             await self._write_sparsely(offset, data, fua=bit)
             bit = False
+        elif bit and (step := self._prompt_step_bytes(len(data))):
+            await self._write_promptly(offset, data, step)
         else:
             await self._write(offset, data, fua=bit)
         if fua and not bit:
@@ -184,6 +195,28 @@ class LunDevice:
             part = data[start - offset : end - offset]
             command = cdb.write(start >> shift, len(part) >> shift, fua=fua)
             await self._unit.write("WRITE", command, part)
+
+    def _prompt_step_bytes(self, length: int) -> int:
+        """In which steps to write so that nothing waits for an R2T; 0: as one command."""
+        most = prompt_bytes_max(self._unit.session.parameters)
+        step = most - most % self._alignment_bytes
+        return step if step < length <= step * PROMPT_COMMANDS_MAX else 0
+
+    async def _write_promptly(self, offset: int, data: memoryview, step: int) -> None:
+        """With FUA somebody waits for it: several commands take one round trip, an R2T a second."""
+        errors: list[OrionError] = []
+
+        async def write(start: int) -> None:
+            try:
+                await self._write(offset + start, data[start : start + step], fua=True)
+            except OrionError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for start in range(0, len(data), step):
+                nursery.start_soon(write, start)
+        if errors:
+            raise errors[0]
 
     async def _write_sparsely(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """The runs of zeroes are sent as such: they take no space there, and no time on the way."""

@@ -116,6 +116,7 @@ class LunInfo:
             zeroes_after_discard=self.reads_zeroes,
             read_only=read_only or self.mode.write_protected or self.mode.software_write_protect,
             write_cache=self.mode.write_cache,
+            fua=self.mode.dpofua,
         )
 
 

@@ -78,6 +78,12 @@ class Reservation:
         self._unit = LogicalUnit(session, number)
         self._state = "off"
         self._aptpl = False
+        self.found: Seen | None = None
+        """What was there before `take` changed anything; None: not known."""
+        self.generation = -1
+        """PRGENERATION when it was last seen to be ours; -1: not known."""
+        self.on_generation: Callable[[], None] = lambda: None
+        """Called when that has changed."""
         self._loss: ReservationConflict | None = None
         self._checking = trio.Lock()
         self._gate = trio.Lock()
@@ -273,6 +279,7 @@ class Reservation:
         for _ in range(_STEPS_MAX):
             seen = await self._look(unit)
             self._check_loss()
+            self.found = self.found or seen
             step = next_step(
                 seen,
                 self._own,
@@ -281,6 +288,9 @@ class Reservation:
                 keep=keep,
             )
             if step.act is Act.DONE:
+                if seen.generation != self.generation:
+                    self.generation = seen.generation
+                    self.on_generation()
                 return
             if step.act is Act.WAIT and trio.current_time() < patience:
                 await trio.sleep(_RACE_STEP_S)

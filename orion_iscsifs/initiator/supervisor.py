@@ -97,9 +97,12 @@ class Supervisor:
                     self.start(self._replenish)
                     await self._over.wait()
                     self._nursery.cancel_scope.cancel()
+                    if not self._is_closed():
+                        # Before the tasks here have ended: one of them may be cancelled in a
+                        # command, and wait for that to be settled.
+                        self._forget()
                 if self._is_closed():
                     return
-                self._forget()
                 await self._reinstate()
 
     def _is_closed(self) -> bool:

@@ -13,6 +13,7 @@ _LUN_GAUGES: Final = {
     "size_bytes": "capacity of the LUN",
     "dirty_bytes": "bytes that the target does not have yet",
     "oldest_dirty_age_s": "age of the oldest of them in seconds",
+    "readahead_window_bytes": "how far ahead of one reader at most",
 }
 _LUN_COUNTERS: Final = {
     "reads": "read requests",
@@ -21,6 +22,9 @@ _LUN_COUNTERS: Final = {
     "errors": "failed requests",
     "cache_hits": "reads answered from the cache",
     "cache_misses": "reads that went to the target",
+    "readahead_bytes": "bytes fetched ahead of readers",
+    "readahead_hit_bytes": "those of them that were read",
+    "readahead_waste_bytes": "those of them that nobody will read",
 }
 
 

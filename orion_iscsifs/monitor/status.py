@@ -21,6 +21,12 @@ LUN_KEYS: Final = (
     "tier",
     "cache_hits",
     "cache_misses",
+    "readahead_bytes",
+    "readahead_hit_bytes",
+    "readahead_waste_bytes",
+    "readahead_window_bytes",
+    "round_trip_us",
+    "bandwidth_bytes_per_s",
     "reservation",
     "reads",
     "writes",
@@ -49,7 +55,8 @@ def mount_status(
     pid: int | None,
     state: str | None,
     stack: Mapping[str, Any],
-    kernel: Mapping[str, int | None] | None = None,
+    kernel: Mapping[str, object] | None = None,
+    hardening: Mapping[str, object] | None = None,
     supervisor_pid: int | None = None,
     takeovers: int | None = None,
 ) -> Status:
@@ -66,6 +73,7 @@ def mount_status(
         "sessions": sessions,
         "paths": [_complete(path, PATH_KEYS) for path in stack.get("paths", ())],
         "kernel": dict(kernel or {}),
+        "hardening": dict(hardening or {}),
     }
 
 

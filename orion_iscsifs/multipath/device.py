@@ -392,6 +392,7 @@ def common_geometry(known: list[Geometry]) -> Geometry:
         optimal_transfer_bytes=min(geometry.optimal_transfer_bytes for geometry in known),
         discard_granularity_bytes=max(granularities) if all(granularities) else 0,
         read_only=any(geometry.read_only for geometry in known),
+        fua=all(geometry.fua for geometry in known),
         write_cache=any(geometry.write_cache for geometry in known),
     )
 

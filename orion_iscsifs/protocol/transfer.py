@@ -51,6 +51,15 @@ class ReadTransfer:
         return offset
 
 
+def prompt_bytes_max(limits: Parameters) -> int:
+    """The most that a write can carry without waiting for an R2T (§13.10, §13.11, §13.14)."""
+    if not limits.initial_r2t:
+        return limits.first_burst_length
+    if not limits.immediate_data:
+        return 0
+    return min(limits.first_burst_length, limits.max_send_data_segment_length)
+
+
 @dataclass(slots=True)
 class WriteTransfer:
     """The data of a write: `data` is its whole buffer."""

@@ -9,7 +9,7 @@ somebody else may have written meanwhile, what the kernel still has to write may
 While it is still trying, the registrations stay at the device.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -37,12 +37,14 @@ class Exclusive:
         self._keys = keys
         self._living: set[int] = set()
         self._reservations: list[Reservation] = []
+        self._listeners: list[Callable[[], None]] = []
 
     async def join(self, disk: LunDevice) -> Reservation:
         """Over one more path, the first or a further one. Raises BusyError or a DeviceError."""
         reservation = Reservation(
             disk.session, disk.number, self._keys, self._config.reserve, self._living
         )
+        reservation.on_generation = self._tell
         self._reservations.append(reservation)
         try:
             await reservation.take(resumes=self._claim.was_reserved)
@@ -72,6 +74,19 @@ class Exclusive:
                 await living[0].withdraw(lost)
         while self._reservations:
             await self._reservations.pop().release()
+
+    @property
+    def generation(self) -> int:
+        """PRGENERATION, as far as we have seen it; -1: the LUN is not reserved."""
+        return max(one.generation for one in self._reservations)
+
+    def on_generation(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when that changes."""
+        self._listeners.append(listener)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def unmounting(self) -> None:
         """A new mount of this host may wait for this one from now on."""
@@ -111,7 +126,7 @@ async def hold(disk: LunDevice, config: MountConfig, mountpoint: str) -> AsyncIt
     """`disk` is ours alone for the time of the body; raises BusyError or a DeviceError."""
     timeout_s = config.session.replacement_timeout_s
     patience_s = float("inf") if timeout_s < 0 else max(timeout_s, _PATIENCE_MIN_S)
-    name = _name(disk.session, disk.number, disk.info.name)
+    name = lun_name(disk)
     async with hold_lun(
         create_private(state_dir()), name, mountpoint, patience_s=patience_s
     ) as claim:
@@ -127,6 +142,11 @@ async def hold(disk: LunDevice, config: MountConfig, mountpoint: str) -> AsyncIt
 def _reservation(session: Session, number: int, name: str, config: MountConfig) -> Reservation:
     keys = LunKeys.load(create_private(state_dir()), _name(session, number, name))
     return Reservation(session, number, keys, config.reserve)
+
+
+def lun_name(disk: LunDevice) -> str:
+    """What tells this LUN from all others: its designator, or else where it is."""
+    return _name(disk.session, disk.number, disk.info.name)
 
 
 def _name(session: Session, number: int, name: str) -> str:

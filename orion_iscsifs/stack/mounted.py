@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import trio
+
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import MountConfig
 from orion_iscsifs.custody import custody
+from orion_iscsifs.errors import OrionError
 from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.stack import status
 from orion_iscsifs.stack.describe import describe
@@ -55,6 +58,25 @@ class Stack:
             await self._earlier.end(self.sessions)
             living = self._earlier.living(self.sessions)
         return [path_of(name) for name in living]
+
+    async def drain(self) -> None:
+        """Everything that was written is durable on the targets.
+
+        Every LUN is tried; the first OrionError is raised.
+        """
+        errors: list[OrionError] = []
+
+        async def drain(unit: Unit) -> None:
+            try:
+                await unit.drain()
+            except OrionError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for unit in self.units:
+                nursery.start_soon(drain, unit)
+        if errors:
+            raise errors[0]
 
     def unmounting(self) -> None:
         """The end has begun: a new mount of the same LUNs may wait for it."""

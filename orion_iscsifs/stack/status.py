@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
+from orion_iscsifs.cache.writeback import WritebackCache
+from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheMode
 from orion_iscsifs.initiator.connection import Connection
 from orion_iscsifs.initiator.outage import State
@@ -59,14 +61,44 @@ def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:
         "block_size": geometry.logical_block_bytes,
         "read_only": geometry.read_only,
         "cache": mode.value,
-        "dirty_bytes": statistics.dirty_bytes if statistics else 0,
-        "oldest_dirty_age_s": unit.cache.oldest_dirty_age_s if unit.cache is not None else None,
-        "log": None,
+        "dirty_bytes": unit.dirty_bytes,
+        "oldest_dirty_age_s": unit.oldest_dirty_age_s,
+        "log": None if unit.log is None else log_status(unit.log),
         "tier": None,
         "cache_hits": statistics.hits if statistics else 0,
         "cache_misses": statistics.misses if statistics else 0,
+        **_readahead(unit.cache),
         "reservation": unit.exclusive.status() if unit.exclusive is not None else None,
     }
+
+
+def log_status(log: WriteLog) -> dict[str, Any]:
+    block = log.store.superblock
+    return {
+        "dir": str(log.store.folder),
+        "size_bytes": block.segments * block.segment_bytes,
+        "used_bytes": log.store.used_bytes,
+        "state": log.state,
+    }
+
+
+def _readahead(cache: WritebackCache | None) -> dict[str, Any]:
+    if cache is None:
+        return {}
+    statistics, link = cache.statistics, cache.link
+    round_trip_s = link.round_trip_s
+    return {
+        "readahead_bytes": statistics.readahead_bytes,
+        "readahead_hit_bytes": statistics.readahead_hit_bytes,
+        "readahead_waste_bytes": statistics.readahead_waste_bytes,
+        "readahead_window_bytes": link.window_bytes,
+        "round_trip_us": None if round_trip_s is None else round(round_trip_s * 1e6),
+        "bandwidth_bytes_per_s": _rounded(link.bandwidth_bytes_per_s),
+    }
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def session(session: Session) -> dict[str, Any]:

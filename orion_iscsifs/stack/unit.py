@@ -4,11 +4,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from orion_iscsifs.block.align import AlignedDevice
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.writeback import WritebackCache
-from orion_iscsifs.config import CacheMode, MountConfig
+from orion_iscsifs.cache.writelog import WriteLog
+from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.stack import logs
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
 from orion_iscsifs.stack.lunpath import Way
 from orion_iscsifs.stack.lunpaths import LunPaths
@@ -36,6 +40,8 @@ class Unit(AbstractAsyncContextManager[object]):
         self.target_name = target_name
         self.disk = disk
         self.cache: WritebackCache | None = None
+        self.log: WriteLog | None = None
+        """The persistent log, with `cache=log`."""
         self.top: BlockDevice = disk
         """What the file reads and writes."""
         self.exclusive: Exclusive | None = None
@@ -61,8 +67,18 @@ class Unit(AbstractAsyncContextManager[object]):
                 await layers.enter_async_context(self.paths)
                 device = self.paths.device
             top = device
-            if config.cache.mode is not CacheMode.NONE:
-                self.cache = WritebackCache(device, config.cache)
+            cache = config.cache
+            if cache.mode is CacheMode.LOG and not device.geometry.read_only:
+                self.log = await layers.enter_async_context(
+                    logs.open_log(device, self.disk, self.exclusive, cache)
+                )
+                top = self.log
+            elif cache.mode is CacheMode.LOG:
+                logs.check_nothing_left(self.disk, cache)
+            elif not device.geometry.read_only:
+                logs.forget_log(self.disk)
+            if cache.mode is not CacheMode.NONE:
+                self.cache = WritebackCache(top, _frames(cache))
                 top = await layers.enter_async_context(self.cache)
             self.top = AlignedDevice(top)
             self._layers = layers.pop_all()
@@ -83,6 +99,29 @@ class Unit(AbstractAsyncContextManager[object]):
         else:
             await self.paths.refresh()
 
+    async def drain(self) -> None:
+        """Everything that was written is durable on the target when this returns."""
+        await self.top.flush()
+        if self.log is not None:
+            await self.log.drain()
+
     @property
     def dirty_bytes(self) -> int:
-        return 0 if self.cache is None else self.cache.statistics.dirty_bytes
+        """What was written and is not on the target yet."""
+        written = self.log or self.cache
+        return 0 if written is None else written.statistics.dirty_bytes
+
+    @property
+    def oldest_dirty_age_s(self) -> float | None:
+        written = self.log or self.cache
+        return None if written is None else written.oldest_dirty_age_s
+
+
+def _frames(config: CacheConfig) -> CacheConfig:
+    """The cache above a log has nothing to write back: each write is in the log at once."""
+    if config.mode is not CacheMode.LOG:
+        return config
+    size = logs.memory(config)[0]
+    return msgspec.structs.replace(
+        config, mode=CacheMode.WRITETHROUGH, size_bytes=size, dirty_max_bytes=size
+    )

@@ -12,10 +12,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from orion_bench.appends import appends_as_json, measure_appends, print_appends
 from orion_bench.measure import Figure, measure
 from orion_bench.report import OURS, THEIRS, as_json, print_table
 from orion_bench.sides import Lun, OrionSide, QemuSide, Side
 from orion_bench.workloads import BY_NAME, MEBIBYTE, Workload
+from orion_iscsifs.testing.netsim import TcpProxy
 from orion_iscsifs.testing.programs import ProgramFailed
 from orion_iscsifs.testing.tgt import Tgt
 
@@ -40,13 +42,18 @@ def fill(path: Path, size_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def served_lun(folder: Path, size_bytes: int) -> Iterator[Lun]:
+def served_lun(folder: Path, size_bytes: int, *, distant: bool) -> Iterator[Lun]:
     backing = folder / "backing.img"
     fill(backing, size_bytes)
-    with Tgt(folder) as daemon:
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(Tgt(folder))
         target = daemon.add_target(IQN)
         target.add_lun(1, backing)
-        yield Lun(daemon, target)
+        proxy = None
+        if distant:
+            host, _, port = daemon.portal.rpartition(":")
+            proxy = stack.enter_context(TcpProxy(host, int(port)))
+        yield Lun(daemon, target, proxy)
 
 
 def _chosen(_context: click.Context, _parameter: click.Parameter, value: str) -> list[Workload]:
@@ -54,6 +61,17 @@ def _chosen(_context: click.Context, _parameter: click.Parameter, value: str) ->
     if unknown := [name for name in names if name not in BY_NAME]:
         raise click.BadParameter(f"no workload {unknown[0]!r}; there are {', '.join(BY_NAME)}")
     return [BY_NAME[name] for name in names]
+
+
+def _delays(_context: click.Context, _parameter: click.Parameter, value: str) -> list[float]:
+    """Milliseconds, comma-separated, as seconds."""
+    try:
+        delays = [float(word) / 1000 for word in value.split(",") if word]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected milliseconds, as in 0,1,5,20") from None
+    if any(not 0 <= delay <= 1 for delay in delays):
+        raise click.BadParameter("0 to 1000 milliseconds")
+    return delays
 
 
 def _terminate(_number: int, _frame: object) -> None:
@@ -70,6 +88,18 @@ def _terminate(_number: int, _frame: object) -> None:
 @click.option("--cache-size", default="256M", show_default=True, help="Where the cache counts.")
 @click.option("--small-cache-size", default="64M", show_default=True, help="Where it shouldn't.")
 @click.option("--option", "-o", "options", multiple=True, help="Further mount option of ours.")
+@click.option(
+    "--delays",
+    callback=_delays,
+    default="",
+    help="Round trips to the target in ms, as in 0,1,5,20; default: no proxy in between.",
+)
+@click.option(
+    "--fsync",
+    "appends",
+    is_flag=True,
+    help="append+fsync on ext4 over a loop device, for every cache= of ours; needs root.",
+)
 @click.option("--json", "as_document", is_flag=True, help="One JSON document on stdout.")
 def main(
     workloads: list[Workload],
@@ -81,6 +111,8 @@ def main(
     cache_size: str,
     small_cache_size: str,
     options: tuple[str, ...],
+    delays: list[float],
+    appends: bool,
     as_document: bool,
 ) -> None:
     """Measure this project's mount next to qemu-storage-daemon's FUSE export of the same LUN.
@@ -91,7 +123,20 @@ def main(
     progress = Console(stderr=True)
     signal.signal(signal.SIGTERM, _terminate)
     memory = Path("/dev/shm")  # noqa: S108 - a folder of our own inside it
-    with temporary_folder(memory) as folder, served_lun(folder, lun_mib * MEBIBYTE) as lun:
+    with (
+        temporary_folder(memory) as folder,
+        served_lun(folder, lun_mib * MEBIBYTE, distant=bool(delays or appends)) as lun,
+    ):
+        if appends:
+            delays = delays or [0.001, 0.005, 0.020]
+            # The log belongs on a disk: a sync in memory costs nothing.
+            with temporary_folder(Path(tempfile.gettempdir())) as log_dir:
+                latencies = measure_appends(lun, folder, log_dir, delays, rounds, seconds, progress)
+            if as_document:
+                click.echo(appends_as_json(latencies))
+            else:
+                print_appends(Console(width=140), latencies)
+            return
         known: dict[str, Side] = {
             OURS: OrionSide(lun, folder, cache, cache_size, small_cache_size, options),
             THEIRS: QemuSide(lun, folder),
@@ -99,6 +144,8 @@ def main(
         names = sides.split(",")
         if unknown := [name for name in names if name not in known]:
             raise click.BadParameter(f"no side {unknown[0]!r}; there are {', '.join(known)}")
+        if delays:
+            workloads = [workload.at(delay_s) for delay_s in delays for workload in workloads]
         results = run_rounds(
             workloads, [known[name] for name in names], rounds, seconds, progress=progress
         )
@@ -127,7 +174,7 @@ def run_rounds(
                 figure = measure(side, workload, seconds=seconds)
                 results[workload.name][side.name].append(figure)
                 progress.print(
-                    f"round {number}  {workload.name:17} {side.name:14}"
+                    f"round {number}  {workload.name:24} {side.name:14}"
                     f" {figure.rate:>10,.0f} {workload.unit.value}",
                     highlight=False,
                 )

@@ -32,6 +32,8 @@ class Figure:
 
 def measure(side: Side, workload: Workload, *, seconds: float) -> Figure:
     """Mount, warm the cache if the workload asks for it, run fio, make it durable, unmount."""
+    if workload.round_trip_s is not None:
+        side.lun.be_distant(workload.round_trip_s)
     with side.mounted(workload) as file:
         span_bytes = workload.span_bytes or file.stat().st_size
         if workload.warm:

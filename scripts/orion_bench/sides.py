@@ -12,28 +12,43 @@ from pathlib import Path
 from typing import Protocol
 
 from orion_bench.workloads import Workload
+from orion_iscsifs.testing.netsim import TcpProxy
 from orion_iscsifs.testing.programs import Program, ProgramFailed, run
 from orion_iscsifs.testing.tgt import Tgt, TgtTarget
 
 COMMAND = Path(sys.executable).parent / "orion-iscsifs"
 
 
-class Side(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def mounted(self, workload: Workload) -> contextlib.AbstractContextManager[Path]:
-        """The LUN's file, for as long as the block lasts."""
-
-
 @dataclass(frozen=True)
 class Lun:
     daemon: Tgt
     target: TgtTarget
+    proxy: TcpProxy | None = None
+    """Makes the target distant."""
+
+    @property
+    def portal(self) -> str:
+        return self.daemon.portal if self.proxy is None else self.proxy.portal
 
     @property
     def url(self) -> str:
-        return self.target.lun_url(1)
+        return self.target.lun_url(1) if self.proxy is None else self.proxy.url(self.target.iqn, 1)
+
+    def be_distant(self, round_trip_s: float) -> None:
+        """Each round trip takes that long, from now on."""
+        assert self.proxy is not None
+        self.proxy.shape(delay_s=round_trip_s / 2)
+
+
+class Side(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lun(self) -> Lun: ...
+
+    def mounted(self, workload: Workload) -> contextlib.AbstractContextManager[Path]:
+        """The LUN's file, for as long as the block lasts."""
 
 
 def _is_mounted(path: Path) -> bool:
@@ -103,7 +118,7 @@ class QemuSide:
         file.touch()
         blockdev = (
             "driver=iscsi,node-name=lun,transport=tcp,cache.direct=on"
-            f",portal={self.lun.daemon.portal},target={self.lun.target.iqn},lun=1"
+            f",portal={self.lun.portal},target={self.lun.target.iqn},lun=1"
         )
         export = f"type=fuse,id=export,node-name=lun,mountpoint={file},writable=on,allow-other=off"
         arguments = ["qemu-storage-daemon", "--blockdev", blockdev, "--export", export]

@@ -1,7 +1,7 @@
 """What is measured, as data: one fio job each, and how the mount under it is set up."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MEBIBYTE = 1 << 20
 
@@ -25,10 +25,22 @@ class Workload:
     """Mounted with a cache that holds the working set; otherwise with one that is far too small."""
     options: tuple[str, ...] = field(default=())
     """Further mount options on this project's side."""
+    round_trip_s: float | None = None
+    """To the target, by a proxy; None: there is no proxy."""
 
     @property
     def writes(self) -> bool:
         return "write" in self.fio["rw"]
+
+    def at(self, round_trip_s: float) -> "Workload":
+        """The same with the target so far away."""
+        far = f"{round_trip_s * 1000:g} ms"
+        return replace(
+            self,
+            name=f"{self.name}@{far.replace(' ', '')}",
+            title=f"{self.title}, {far} away",
+            round_trip_s=round_trip_s,
+        )
 
 
 def _random(rw: str, depth: int, **more: str) -> dict[str, str]:

@@ -46,11 +46,15 @@ async def rig(
     mode: CacheMode = CacheMode.WRITEBACK,
     readahead: Literal["auto", "off"] | int = "off",
     discard_granularity_bytes: int = 4096,
+    fua: bool = False,
+    idle_s: float = float("inf"),
 ) -> AsyncIterator[Rig]:
+    """`fua`: small flushes may go as writes with FUA; else each is followed by the device's."""
     geometry = Geometry(
         size_bytes=size_bytes,
         logical_block_bytes=block_bytes,
         discard_granularity_bytes=discard_granularity_bytes,
+        fua=fua,
     )
     memory = MemoryDevice(geometry=geometry, volatile_cache=True, record=True)
     faults = FaultyDevice(memory)
@@ -61,6 +65,6 @@ async def rig(
         dirty_age_s=dirty_age_s,
         readahead=readahead,
     )
-    async with WritebackCache(GuardedDevice(faults, strict=True), config) as cache:
+    async with WritebackCache(GuardedDevice(faults, strict=True), config, idle_s=idle_s) as cache:
         yield Rig(cache, faults, memory)
         cache.check()

@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from orion_iscsifs.cache.destage import IN_FLIGHT_MAX_BYTES, WORKERS
 from orion_iscsifs.cache.frames import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.errors import ConnectionLost, DeviceError, ScsiError
 from tests.cache.helpers import KIB, MIB, Rig, rig
@@ -68,6 +69,27 @@ async def test_a_sequential_stream_reaches_the_device_in_large_writes(
         assert sum(length for _, length in r.writes()) == 16 * MIB
 
 
+async def test_many_small_requests_or_few_large_ones_are_in_flight(autojump_clock: object) -> None:
+    async with rig(size_bytes=128 * MIB, cache_bytes=96 * MIB, dirty_max_bytes=90 * MIB) as r:
+        r.faults.hold("write")
+        for number in range(100):
+            await r.cache.write(number * 256 * KIB, b"x" * 4 * KIB)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.cache.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert r.faults.waiting["write"] == WORKERS
+            r.faults.release("write")
+        r.faults.hold("write")
+        for number in range(30):
+            await r.cache.write(number * 2 * MIB, b"x" * MIB)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.cache.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert r.faults.waiting["write"] * MIB == IN_FLIGHT_MAX_BYTES
+            r.faults.release("write")
+        assert r.cache.statistics.dirty_bytes == 0
+
+
 async def test_runs_grow_in_both_directions(autojump_clock: object) -> None:
     async with rig() as r:
         for number in (4, 3, 5, 2, 6):
@@ -118,6 +140,35 @@ async def test_old_data_goes_by_itself(autojump_clock: object) -> None:
         assert len(r.writes()) == 2
         assert r.cache.oldest_dirty_age_s == 0
         assert "flush" not in r.memory.calls
+
+
+async def test_when_nobody_writes_everything_becomes_durable(autojump_clock: object) -> None:
+    async with rig(dirty_age_s=600, idle_s=1) as r:
+        for _ in range(20):  # busy: the same page again and again
+            await r.cache.write(0, b"1" * 4 * KIB)
+            await r.cache.write(MIB, b"2" * 4 * KIB)
+            await trio.sleep(0.3)
+        assert not r.writes()
+        await trio.sleep(2.5)
+        assert sorted(r.writes()) == [(0, 4 * KIB), (MIB, 4 * KIB)]
+        r.memory.crash()
+        assert r.memory.peek(MIB, 4 * KIB) == b"2" * 4 * KIB
+        await trio.sleep(60)
+        assert r.memory.calls["flush"] == 1, "and then there is nothing to do"
+
+
+async def test_a_device_that_fails_is_asked_again_when_nobody_writes(
+    autojump_clock: object,
+) -> None:
+    async with rig(dirty_age_s=600, idle_s=1) as r:
+        await r.cache.write(0, b"1" * 4 * KIB)
+        r.faults.fail("write", 3, lambda: ConnectionLost("the target is gone"))
+        r.faults.fail("flush", 3, lambda: ConnectionLost("the target is gone"))
+        await trio.sleep(30)
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"1" * 4 * KIB
+        with pytest.raises(ConnectionLost):
+            await r.cache.flush()  # a write-back has failed, and nobody was told
 
 
 async def test_write_back_begins_above_the_low_watermark(autojump_clock: object) -> None:
@@ -450,3 +501,81 @@ async def test_a_failed_fua_write_raises_and_its_data_stays(autojump_clock: obje
             await r.cache.write(0, b"x" * 4 * KIB, fua=True)
         await r.cache.flush()
         assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_a_small_flush_is_one_wave_with_fua(autojump_clock: object) -> None:
+    """One round trip instead of two."""
+    async with rig(fua=True) as r:
+        for number in (0, 5, 40):
+            await r.cache.write(number * 64 * KIB, b"x" * 4 * KIB)
+        await r.cache.flush()
+        assert sorted(r.writes()) == [(n * 64 * KIB, 4 * KIB) for n in (0, 5, 40)]
+        assert all(q.fua for q in r.memory.requests if q.kind == "write")
+        assert "flush" not in r.memory.calls
+        r.memory.crash()
+        assert r.memory.peek(5 * 64 * KIB, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_a_large_flush_is_followed_by_one_of_the_device(autojump_clock: object) -> None:
+    async with rig(fua=True) as r:
+        for number in range(40):
+            await r.cache.write(number * 128 * KIB, b"x" * 4 * KIB)
+        await r.cache.flush()
+        assert r.memory.calls["flush"] == 1
+        r.memory.crash()
+        assert r.memory.peek(39 * 128 * KIB, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_fua_is_no_help_when_something_was_written_without(autojump_clock: object) -> None:
+    async with rig(dirty_age_s=0.5, fua=True) as r:
+        await r.cache.write(0, b"x" * 4 * KIB)
+        await trio.sleep(5)
+        await r.cache.write(64 * KIB, b"y" * 4 * KIB)
+        await r.cache.flush()
+        assert r.memory.calls["flush"] == 1
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
+        assert r.memory.peek(64 * KIB, 4 * KIB) == b"y" * 4 * KIB
+
+
+async def test_a_wave_with_fua_that_fails_is_raised_by_every_flush_that_waits(
+    autojump_clock: object,
+) -> None:
+    async with rig(fua=True) as r:
+        await r.cache.write(0, b"x" * 4 * KIB)
+        r.faults.hold("write")
+        r.faults.fail("write", 1)
+        raised = 0
+
+        async def flush() -> None:
+            nonlocal raised
+            with pytest.raises(ScsiError):
+                await r.cache.flush()
+            raised += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(flush)
+            await r.faults.wait_held("write")
+            r.faults.release("write")
+        assert raised == 3
+        await r.cache.flush()
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"x" * 4 * KIB
+
+
+async def test_a_wave_with_fua_whose_flush_is_cancelled_still_counts(
+    autojump_clock: object,
+) -> None:
+    async with rig(fua=True) as r:
+        await r.cache.write(0, b"1" * 4 * KIB)
+        r.faults.hold("write")
+        async with trio.open_nursery() as nursery, trio.open_nursery() as doomed:
+            doomed.start_soon(r.cache.flush)
+            await r.faults.wait_held("write")
+            nursery.start_soon(r.cache.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            doomed.cancel_scope.cancel()
+            r.faults.release("write")
+        r.memory.crash()
+        assert r.memory.peek(0, 4 * KIB) == b"1" * 4 * KIB

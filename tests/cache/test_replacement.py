@@ -62,6 +62,20 @@ def test_main_gives_a_second_round_to_what_is_used() -> None:
     assert evict(queues) == 1
 
 
+def test_small_may_exceed_its_share_by_what_is_spared() -> None:
+    queues, items = filled(20)
+    for number in range(10):
+        items[number].visited = True
+    for number in range(100, 110):
+        evict(queues)
+        queues.admit(Item(number))
+    # `main` has ten, `small` has ten: eight more than its share.
+    spared = queues.evict(spared=8)
+    assert spared is not None
+    assert spared.number == 0, "from main"
+    assert evict(queues) == 100
+
+
 def test_busy_entries_step_out_and_come_back() -> None:
     queues, items = filled(5)
     for item in items:

@@ -64,6 +64,10 @@ class FakeStack:
     def files(self) -> dict[str, BlockDevice]:
         return {"lun1": self._device}
 
+    async def drain(self) -> None:
+        for device in self.files.values():
+            await device.flush()
+
     def on_files_change(self, listener: object) -> None:
         """Nothing ever changes."""
 

@@ -13,6 +13,7 @@ from orion_iscsifs.cli import daemon
 from orion_iscsifs.cli.report import Failed
 from orion_iscsifs.config import MountConfig, SessionConfig
 from orion_iscsifs.errors import ConnectionLost
+from orion_iscsifs.fuse.hardening import Hardening
 from orion_iscsifs.fuse.kernel import KernelLimits
 from orion_iscsifs.url import Source
 from tests.fuse.devices import ByteDevice
@@ -75,6 +76,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
     class Stack:
         files: Mapping[str, BlockDevice] = {"lun1": device}
 
+        async def drain(self) -> None:
+            await device.flush()
+
         def on_files_change(self, listener: object) -> None:
             """Nothing ever changes."""
 
@@ -96,7 +100,7 @@ def make(device: BlockDevice) -> daemon.Daemon:
     ) -> AsyncIterator[Stack]:
         yield Stack()
 
-    return daemon.Daemon(SOURCE, "/mnt/x", CONFIG, open_stack)
+    return daemon.Daemon(SOURCE, "/mnt/x", CONFIG, open_stack, hardening=Hardening())
 
 
 async def test_a_cancelled_daemon_flushes(device: Device) -> None:

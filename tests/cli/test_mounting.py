@@ -250,6 +250,25 @@ def test_an_interrupted_mount_leaves_nothing(command: Command, number: int) -> N
     assert not command.is_mounted()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6])
+def test_an_interrupt_at_any_moment(command: Command, after_s: float) -> None:
+    """Also just when the daemon says who it is, or that it is ready."""
+    environment = {**command.environment, "FAKE_OPEN_S": "0.2"}
+    arguments = command.arguments("mount", URL, command.folder)
+    with subprocess.Popen(
+        arguments, env=environment, stderr=subprocess.PIPE, text=True
+    ) as in_front:
+        wait_until(lambda: any((command.home / "run").glob("*.lock")), what="the daemon's lock")
+        time.sleep(after_s)
+        in_front.send_signal(signal.SIGINT)
+        code = in_front.wait(20)
+    if code == 0:
+        assert command.is_mounted()
+        command.ok("umount", command.folder)
+    assert code in (0, 32, -signal.SIGINT, 130)
+    assert not command.is_mounted()
+
+
 INTERRUPTED_FORK = """
 import os, pathlib, signal, sys, time
 from orion_iscsifs.cli import daemonize

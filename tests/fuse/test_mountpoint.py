@@ -1,6 +1,7 @@
 """Before and after a mount: what is mounted where, and what is said when it can't be."""
 
 import errno
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -98,19 +99,82 @@ def test_fusermount_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     mountpoint.unmount("/mnt/x", lazy=True)
 
 
-def test_kernel_limits_are_raised_and_never_lowered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connection, bdi = tmp_path / "connections" / "98", tmp_path / "bdi" / "0:98"
-    for folder in (connection, bdi):
-        folder.mkdir(parents=True)
-    (connection / "max_background").write_text("12\n")
-    (connection / "congestion_threshold").write_text("1000\n")
+@pytest.fixture
+def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """/sys of a mount 0:98, with the kernel's defaults."""
+    values = {
+        "connections/98/max_background": 12,
+        "connections/98/congestion_threshold": 9,
+        "bdi/0:98/read_ahead_kb": 128,
+    }
+    for name, value in values.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n")
     monkeypatch.setattr(kernel, "_CONNECTIONS", tmp_path / "connections")
     monkeypatch.setattr(kernel, "_BDI", tmp_path / "bdi")
-    limits = kernel.raise_limits("0:98")
+    return tmp_path
+
+
+def test_kernel_limits_are_raised_and_never_lowered(
+    sysfs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sysfs / "connections/98/congestion_threshold").write_text("1000\n")
+    with caplog.at_level(logging.INFO):
+        limits = kernel.raise_limits("0:98")
     assert limits.as_dict() == {
         "max_background": kernel.MAX_BACKGROUND,
         "congestion_threshold": 1000,
-        "read_ahead_kb": None,
+        "read_ahead_kb": kernel.READ_AHEAD_KB,
+        "not_raised": {},
     }
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("code", "user", "reason"),
+    [
+        (errno.EACCES, 1000, "needs root"),
+        (errno.EPERM, 0, "in a container"),
+        (errno.EROFS, 0, "read-only"),
+        (errno.EINVAL, 1000, "max_user_"),
+        (errno.EIO, 0, "Input/output error"),
+    ],
+)
+def test_a_limit_that_could_not_be_raised_is_reported_with_its_reason(
+    code: int,
+    user: int,
+    reason: str,
+    sysfs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(path: Path, _text: str) -> int:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with caplog.at_level(logging.INFO):
+        limits = kernel.raise_limits("0:98")
+    assert (limits.max_background, limits.read_ahead_kb) == (12, 128)
+    assert set(limits.not_raised) == {"max_background", "congestion_threshold", "read_ahead_kb"}
+    assert limits.not_raised["read_ahead_kb"].startswith("128 instead of 512, ")
+    assert all(reason in shown for shown in limits.not_raised.values())
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert reason in record.message
+
+
+def test_limits_that_are_not_to_be_seen(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for folder in ("connections/98", "bdi/0:98"):
+        shutil.rmtree(sysfs / folder)
+    limits = kernel.raise_limits("0:98")
+    assert limits.max_background is limits.read_ahead_kb is None
+    assert "connections is not mounted" in limits.not_raised["max_background"]
+    assert limits.not_raised["read_ahead_kb"] == "unknown instead of 512, not in /sys"
+
+
+def test_a_value_that_the_kernel_did_not_take(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_text", lambda _path, text: len(text))
+    assert "keeps it lower" in kernel.raise_limits("0:98").not_raised["max_background"]

@@ -11,6 +11,7 @@ the exit code is not 0 then. An input that takes ten seconds or 1 GiB counts as 
 
 import argparse
 import logging
+import resource
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from tests.hostile.seeds import SEEDS
 _INPUT_SECONDS_MAX = 10
 _MEMORY_MAX_MIB = 1024
 _INPUT_BYTES_MAX = 4096
+
+
+def _peak_of_the_parent_mib() -> int:
+    """libFuzzer looks at ru_maxrss, in which a new process begins with what its parent had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def main() -> None:
@@ -57,7 +63,7 @@ def main() -> None:
         "max_total_time": arguments.seconds,
         "seed": arguments.seed,
         "timeout": _INPUT_SECONDS_MAX,
-        "rss_limit_mb": _MEMORY_MAX_MIB,
+        "rss_limit_mb": _MEMORY_MAX_MIB + _peak_of_the_parent_mib(),
         "max_len": _INPUT_BYTES_MAX,
         "artifact_prefix": f"{corpus}/",
         "print_final_stats": 1,

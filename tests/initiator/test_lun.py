@@ -17,6 +17,7 @@ from orion_iscsifs.errors import (
     WriteProtected,
 )
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.protocol.keys import Offer
 from orion_iscsifs.protocol.pdu import DataIn, NopOut, ScsiCommand, ScsiResponse
 from orion_iscsifs.scsi.cdb import OpCode
 from orion_iscsifs.scsi.inquiry import VpdPage
@@ -108,10 +109,10 @@ class Disk:
 
 @asynccontextmanager
 async def played_lun(
-    disk: Disk, *, read_only: bool = False, **changes: Any
+    disk: Disk, *, read_only: bool = False, offered: Offer | None = None, **changes: Any
 ) -> AsyncIterator[LunDevice]:
     # Immediate data takes whole writes here, so the disk needs no R2T.
-    offered = offer(
+    offered = offered or offer(
         max_recv_data_segment_length=1 << 20,
         first_burst_length=1 << 20,
         max_burst_length=1 << 20,
@@ -160,15 +161,40 @@ async def test_geometry_and_data() -> None:
 async def test_fua_uses_the_bit_where_the_device_has_it() -> None:
     disk = Disk()
     async with played_lun(disk) as device:
+        assert device.geometry.fua
         await device.write(0, bytes(512), fua=True)
         assert disk.codes() == [OpCode.WRITE_10]
         assert disk.commands[0].cdb[1] & 0x08
+
+
+NEEDS_R2T = offer(initial_r2t=True, max_recv_data_segment_length=8192)
+
+
+async def test_fua_does_not_wait_for_an_r2t() -> None:
+    """Several commands with immediate data take one round trip; the disk here sends no R2T."""
+    disk = Disk()
+    data = bytes(range(256)) * 80
+    async with played_lun(disk, offered=NEEDS_R2T) as device:
+        await device.write(4096, data, fua=True)
+        assert [len(command.data) for command in disk.commands] == [8192, 8192, 4096]
+        assert all(command.cdb[1] & 0x08 for command in disk.commands)
+        assert disk.content[4096 : 4096 + len(data)] == data
+
+
+async def test_fua_in_several_commands_fails_as_one() -> None:
+    disk = Disk()
+    disk.script[OpCode.WRITE_10] = [b"", SenseData(SenseKey.MEDIUM_ERROR, 0x0C, 0), b""]
+    async with played_lun(disk, offered=NEEDS_R2T) as device:
+        with pytest.raises(ScsiError, match="medium error"):
+            await device.write(0, bytes(range(256)) * 80, fua=True)
+        assert len(disk.commands) == 3
 
 
 async def test_fua_is_a_flush_where_the_device_lacks_the_bit() -> None:
     disk = Disk()
     disk.mode = bytes([23, 0, 0, 0, 0x08, 18, 0x04]) + bytes(17)
     async with played_lun(disk) as device:
+        assert not device.geometry.fua
         await device.write(0, bytes(512), fua=True)
         assert disk.codes() == [OpCode.WRITE_10, OpCode.SYNCHRONIZE_CACHE_10]
         assert not disk.commands[0].cdb[1] & 0x08

@@ -19,6 +19,15 @@ COMMAND = Path(sys.executable).parent / "orion-iscsifs"
 COMMAND_TIMEOUT_S = 60.0
 
 
+class Hardening(TypedDict):
+    """What keeps the daemon running when memory is short."""
+
+    io_flusher: bool
+    memory_locked: bool
+    oom_score_adj: int | None
+    refused: dict[str, str]
+
+
 class MountStatus(TypedDict):
     """What `status --json` says of one mount, as far as these tests look (INTERFACE §7)."""
 
@@ -28,6 +37,7 @@ class MountStatus(TypedDict):
     state: str
     luns: list[dict[str, object]]
     sessions: list[dict[str, object]]
+    hardening: Hardening
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def fio(file: Path, *options: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cache", ["none", pytest.param("writethrough", marks=pytest.mark.slow), "writeback"]
+    "cache", ["none", pytest.param("writethrough", marks=pytest.mark.slow), "writeback", "log"]
 )
 @pytest.mark.parametrize(
     "job",
@@ -31,9 +31,12 @@ def fio(file: Path, *options: str) -> None:
     ],
     ids=["4k direct", "mixed direct", "1M direct", "mixed buffered"],
 )
-def test_verify(product: Product, tgt_disk: TgtDisk, job: list[str], cache: str) -> None:
+def test_verify(
+    product: Product, tgt_disk: TgtDisk, tmp_path: Path, job: list[str], cache: str
+) -> None:
     # A cache of a quarter of the working set: blocks are written back and evicted all the time.
     size = [] if cache == "none" else ["cache_size=8M"]
+    size += [f"log_dir={tmp_path}/log", "log_size=16M"] if cache == "log" else []
     with product.mounted(tgt_disk.url, f"cache={cache}", *size) as mountpoint:
         fio(mountpoint / "lun1", "--size=32M", "--do_verify=1", *job)
     # Once more on what the target has kept.

@@ -22,7 +22,8 @@ def status(*states: str, state: str | None = None) -> Status:
         state=state,
         stack={
             "luns": [
-                {"name": "lun0", "dirty_bytes": 5, "reads": 7, "oldest_dirty_age_s": 1.5},
+                {"name": "lun0", "dirty_bytes": 5, "reads": 7, "oldest_dirty_age_s": 1.5}
+                | {"readahead_bytes": 100, "readahead_hit_bytes": 60, "readahead_waste_bytes": 8},
                 {"name": "lun1", "dirty_bytes": None},
             ],
             "sessions": [{"target": "iqn.a.b:c", "state": state} for state in states],
@@ -68,5 +69,10 @@ def test_metrics_are_prometheus_text_without_made_up_numbers() -> None:
     assert dirty[0].labels["mountpoint"] == '/mnt/"quoted"'
     assert families["orion_iscsifs_lun_reads"][0].value == 7
     assert families["orion_iscsifs_lun_oldest_dirty_age_seconds"][0].value == 1.5
+    readahead = {
+        what: families[f"orion_iscsifs_lun_readahead_{what}"][0].value
+        for what in ("bytes", "hit_bytes", "waste_bytes")
+    }
+    assert readahead == {"bytes": 100, "hit_bytes": 60, "waste_bytes": 8}
     assert families["orion_iscsifs_session_logged_in"][0].value == 0
     assert families["orion_iscsifs_lun_cache_hits"] == []

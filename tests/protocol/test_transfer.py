@@ -10,7 +10,7 @@ from orion_iscsifs.errors import ProtocolViolation
 from orion_iscsifs.protocol.framing import encode
 from orion_iscsifs.protocol.keys import Parameters
 from orion_iscsifs.protocol.pdu import NO_TAG, R2T, DataIn, DataOut
-from orion_iscsifs.protocol.transfer import Burst, ReadTransfer, WriteTransfer
+from orion_iscsifs.protocol.transfer import Burst, ReadTransfer, WriteTransfer, prompt_bytes_max
 
 LIMITS = Parameters(
     initial_r2t=False,
@@ -175,3 +175,23 @@ def test_a_burst_encodes_to_the_bytes_of_its_pdus(start: int, length: int, segme
         for piece in encode(pdu, header_digest=False, data_digest=False):
             slow += piece
     assert b"".join(burst.encode(1234)) == slow
+
+
+@pytest.mark.parametrize("initial_r2t", [True, False])
+@pytest.mark.parametrize("immediate_data", [True, False])
+@pytest.mark.parametrize(("segment", "first_burst"), [(512, 8192), (8192, 4096), (8192, 8192)])
+def test_the_most_that_needs_no_r2t(
+    initial_r2t: bool, immediate_data: bool, segment: int, first_burst: int
+) -> None:
+    limits = replace(
+        LIMITS,
+        initial_r2t=initial_r2t,
+        immediate_data=immediate_data,
+        max_send_data_segment_length=segment,
+        first_burst_length=first_burst,
+        max_burst_length=65536,
+    )
+    most = prompt_bytes_max(limits)
+    for length in (0, 1, most, most + 1, 65536):
+        transfer = WriteTransfer(memoryview(bytes(length)), limits)
+        assert (transfer.first_burst_bytes == length) == (length <= most)

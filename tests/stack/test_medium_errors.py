@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig, SessionConfig
+from orion_iscsifs.config.places import state_dir
 from orion_iscsifs.errors import MediumError
 from orion_iscsifs.stack import open_stack
 from orion_iscsifs.target import RamDevice, TargetConfig, serve
@@ -24,7 +25,12 @@ BAD = 100 * PAGE
 def config(mode: CacheMode) -> MountConfig:
     return MountConfig(
         session=SessionConfig(initiator_name="iqn.2026-11.org.example:me"),
-        cache=CacheConfig(mode=mode, dirty_age_s=600),
+        cache=CacheConfig(
+            mode=mode,
+            dirty_age_s=600,
+            log_dir=str(state_dir() / "logs-of-luns"),
+            log_bytes=16 << 20,
+        ),
     )
 
 

@@ -1,18 +1,21 @@
-"""`DeviceFlusher`: as few `device.flush()` as the contract allows.
+"""`SharedFlush`: as few flushes as the contract of `BlockDevice.flush` allows.
 
 A flush makes durable what had completed when it *began*. So a caller may share a flush under way
 only if no write has completed since that began; otherwise it needs the next one, which everybody
 who waits by then shares. With no write since the last good flush there is nothing to do.
+
+It serves a device (SYNCHRONIZE CACHE) as well as files (fdatasync: "group commit").
 """
+
+from collections.abc import Awaitable, Callable
 
 import trio
 
-from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.errors import OrionError
 
 
 class _Round:
-    """One `device.flush()` under way."""
+    """One flush under way."""
 
     __slots__ = ("covers", "ended", "error")
 
@@ -22,11 +25,11 @@ class _Round:
         self.error: OrionError | None = None
 
 
-class DeviceFlusher:
-    """Counts writes and shares flushes."""
+class SharedFlush:
+    """Counts writes and shares calls of `flush`, which raises an OrionError when it fails."""
 
-    def __init__(self, device: BlockDevice) -> None:
-        self._device = device
+    def __init__(self, flush: Callable[[], Awaitable[None]]) -> None:
+        self._flush = flush
         self._writes = 0
         self._durable_writes = 0
         self._current: _Round | None = None
@@ -34,6 +37,11 @@ class DeviceFlusher:
     def note_write(self) -> None:
         """A write, discard or zeroing has completed, in part or as a whole."""
         self._writes += 1
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a noted write may not be durable yet."""
+        return self._durable_writes < self._writes
 
     async def flush(self) -> None:
         """Every write noted before this call is durable when it returns."""
@@ -51,7 +59,7 @@ class DeviceFlusher:
     async def _begin(self) -> None:
         self._current = own = _Round(self._writes)
         try:
-            await self._device.flush()
+            await self._flush()
             self._durable_writes = max(self._durable_writes, own.covers)
         except OrionError as error:
             own.error = error

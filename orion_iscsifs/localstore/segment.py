@@ -1,0 +1,70 @@
+"""Segments: the files that a log is made of, each with a header of one page. Pure.
+
+A log has a fixed number of them and uses them in turn. The header tells which use of the file it
+is (`number` only grows), and is durable before the first record of that use is written: from then
+on what the file held before is dead.
+"""
+
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+import crc32c
+
+from orion_iscsifs.block.device import Buffer
+
+MAGIC: Final = b"OLSEG1\0\0"
+START_BYTES: Final = 4096
+"""Where the first record is."""
+SEGMENT_MIN_BYTES: Final = 4 << 20
+SEGMENT_MAX_BYTES: Final = 64 << 20
+SEGMENTS_MIN: Final = 4
+_HEADER: Final = Struct("<8sI4x16sQQQQ")
+"""Magic, format version, reserved, store, number, destaged epoch, needed seq, durable seq."""
+_CHECKSUM: Final = Struct("<I")
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """One use of a file."""
+
+    number: int
+    destaged: int
+    """Every epoch up to this one was durable on the target when the use began."""
+    needed: int
+    """No record with a smaller sequence number was needed any more when the use began."""
+    durable: int
+    """Every record with a smaller sequence number was durable when the use began."""
+
+
+def file_name(slot: int) -> str:
+    """Of the file in this slot, counted from 0."""
+    return f"wlog-{slot:08x}"
+
+
+def layout(log_bytes: int) -> tuple[int, int]:
+    """The size of a segment and how many there are, within `log_bytes`."""
+    size = min(max(log_bytes // 16, SEGMENT_MIN_BYTES), SEGMENT_MAX_BYTES) & -START_BYTES
+    return size, log_bytes // size
+
+
+def encode(store: bytes, header: SegmentHeader) -> bytes:
+    """A page."""
+    uses = header.number, header.destaged, header.needed, header.durable
+    head = _HEADER.pack(MAGIC, VERSION, store, *uses)
+    return (head + _CHECKSUM.pack(crc32c.crc32c(head))).ljust(START_BYTES, b"\0")
+
+
+def decode(store: bytes, page: Buffer) -> SegmentHeader | None:
+    """None: the file is not in use by this store."""
+    view = memoryview(page)
+    if len(view) < _HEADER.size + _CHECKSUM.size:
+        return None
+    magic, version, owner, *uses = _HEADER.unpack_from(view)
+    (found,) = _CHECKSUM.unpack_from(view, _HEADER.size)
+    if (magic, version, owner) != (MAGIC, VERSION, store):
+        return None
+    if found != crc32c.crc32c(view[: _HEADER.size]):
+        return None
+    return SegmentHeader(*uses)
