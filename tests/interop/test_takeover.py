@@ -48,11 +48,18 @@ def nothing_hangs(product: Product) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("cache", ["none", "writethrough"])
-def test_traffic_goes_on(product: Product, tgt_disk: TgtDisk, cache: str) -> None:
+def safe(cache: str, folder: Path) -> list[str]:
+    """Options of a mode in which nothing that was acknowledged is lost with the worker."""
+    log = [f"log_dir={folder}", "log_size=32M"] if cache == "log" else []
+    return [f"cache={cache}", *log]
+
+
+@pytest.mark.parametrize("cache", ["none", "writethrough", "log"])
+def test_traffic_goes_on(product: Product, tgt_disk: TgtDisk, cache: str, tmp_path: Path) -> None:
     """Direct I/O while the worker is killed at random moments: no error, and the right data."""
     chosen = random.Random(51)
-    with product.mounted(tgt_disk.url, f"cache={cache}", "cache_size=4M") as mountpoint:
+    options = [*safe(cache, tmp_path / "log"), "cache_size=4M"]
+    with product.mounted(tgt_disk.url, *options) as mountpoint:
         (before,) = product.status(mountpoint)["sessions"]
         supervisor = supervisor_of(product, mountpoint)
         with Traffic(mountpoint / tgt_disk.name) as traffic:
@@ -76,12 +83,15 @@ def stamped(offset: int, turn: int, length: int) -> bytes:
     return b"".join(STAMP.pack(place, turn).ljust(SECTOR_BYTES, b"s") for place in sectors)
 
 
-def test_buffered_writers_and_an_open_file(product: Product, tgt_disk: TgtDisk) -> None:
+@pytest.mark.parametrize("cache", ["writethrough", "log"])
+def test_buffered_writers_and_an_open_file(
+    product: Product, tgt_disk: TgtDisk, cache: str, tmp_path: Path
+) -> None:
     """Through the page cache, with files that the first worker has opened; each sector checked."""
     chosen = random.Random(52)
     length, size = 64 * 1024, 16 * MEBIBYTE
     turns: dict[int, int] = {}
-    with product.mounted(tgt_disk.url, "cache=writethrough") as mountpoint:
+    with product.mounted(tgt_disk.url, *safe(cache, tmp_path / "log")) as mountpoint:
         supervisor = supervisor_of(product, mountpoint)
         file = os.open(mountpoint / tgt_disk.name, os.O_RDWR)
         durable = os.open(mountpoint / tgt_disk.name, os.O_RDWR | os.O_DSYNC)
@@ -131,6 +141,29 @@ def test_other_ways_to_die(product: Product, disk: Disk) -> None:
     assert f"was killed by {signal.SIGSEGV.name}" in log_of(product)
 
 
+def test_what_only_the_log_has_is_there_after_a_takeover(
+    product: Product, tgt_disk: TgtDisk, tmp_path: Path
+) -> None:
+    """Writes that were acknowledged and that the target has not seen."""
+    options = [*safe("log", tmp_path / "log"), "dirty_age=60"]
+    with product.mounted(tgt_disk.url, *options) as mountpoint:
+        supervisor = supervisor_of(product, mountpoint)
+        path = mountpoint / tgt_disk.name
+        for turn in range(1, 4):
+            for number in range(64):
+                put(path, pattern(4096, seed=turn * 100 + number), number * 8192)
+            kill_worker(supervisor)  # acknowledged, and never synced
+            for number in range(64):
+                assert get(path, 4096, number * 8192) == pattern(4096, seed=turn * 100 + number)
+            put(path, b"s" * 512, MEBIBYTE, sync=True)
+        assert takeovers(product, mountpoint) == 3
+        product.umount(mountpoint)
+    content = tgt_disk.backing.read_bytes()
+    for number in range(64):
+        assert content[number * 8192 :][:4096] == pattern(4096, seed=300 + number)
+    assert content[MEBIBYTE:][:512] == b"s" * 512
+
+
 def test_read_only_mounts_are_taken_over(product: Product, tgt_disk: TgtDisk) -> None:
     tgt_disk.backing.write_bytes(pattern(tgt_disk.size_bytes))
     with (
@@ -143,11 +176,14 @@ def test_read_only_mounts_are_taken_over(product: Product, tgt_disk: TgtDisk) ->
 
 
 @pytest.mark.loop
-def test_a_file_system_survives(product: Product, tgt_disk: TgtDisk) -> None:
+@pytest.mark.parametrize("cache", ["writethrough", "log"])
+def test_a_file_system_survives(
+    product: Product, tgt_disk: TgtDisk, cache: str, tmp_path: Path
+) -> None:
     """ext4 on a loop device: a journal write that fails would make it read-only."""
     inside = product.home / "ext4"
     inside.mkdir()
-    with product.mounted(tgt_disk.url, "cache=writethrough") as mountpoint:
+    with product.mounted(tgt_disk.url, *safe(cache, tmp_path / "log")) as mountpoint:
         supervisor = supervisor_of(product, mountpoint)
         with loop_device(mountpoint / tgt_disk.name) as device:
             run(["mkfs.ext4", "-q", device])
