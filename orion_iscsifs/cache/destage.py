@@ -69,7 +69,7 @@ class Destager:
         self._waking = False
         """A worker has been woken and has not looked yet."""
         self._timer = trio.lowlevel.ParkingLot()
-        self._staging = StagingBuffers(keep_max=IN_FLIGHT_MAX_BYTES // STAGING_BYTES)
+        self._staging = StagingBuffers(keep_max_bytes=IN_FLIGHT_MAX_BYTES)
         self._sending_bytes = 0
         self._flusher = SharedFlush(device.flush)
         self.books = DirtyFrames(

@@ -69,7 +69,7 @@ class LogDestager:
         self._statistics = statistics
         self._ordered = ordered
         self._age_s = dirty_age_s
-        self._staging = StagingBuffers(keep_max=IN_FLIGHT_MAX_BYTES // STAGING_BYTES)
+        self._staging = StagingBuffers(keep_max_bytes=IN_FLIGHT_MAX_BYTES)
         self._wake = trio.lowlevel.ParkingLot()
         self._drains = 0
         """Who waits until everything is on the device."""

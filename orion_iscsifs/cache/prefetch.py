@@ -12,7 +12,7 @@ from orion_iscsifs.cache.claims import Fetch, claim, first_absent_run, give_up, 
 from orion_iscsifs.cache.frames import PAGE_BYTES, PAGE_SHIFT, Frame, FrameTable
 from orion_iscsifs.cache.gauge import WINDOW_AUTO_MIN_BYTES, Gauge
 from orion_iscsifs.cache.readahead import STEP_BYTES, Readahead
-from orion_iscsifs.cache.staging import StagingBuffers
+from orion_iscsifs.cache.staging import STAGING_BYTES, StagingBuffers
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.errors import OrionError
 
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 WORKERS: Final = 64
 """Readahead requests in flight at most; large ones also have a limit in bytes."""
 REQUEST_BYTES: Final = STEP_BYTES
-STAGING_KEPT: Final = 8
-"""Buffers that are kept while nothing is in flight."""
+STAGING_KEPT_BYTES: Final = 8 * REQUEST_BYTES
+"""Of buffers, kept while nothing is in flight."""
 QUEUE_MAX: Final = 256
 """Requests that wait for a worker; more are forgotten."""
 
@@ -48,7 +48,7 @@ class Prefetcher:
         self._statistics = statistics
         self._link = device.link
         self._readahead = Readahead(self._link.window_bytes, readahead_total_max_bytes)
-        self._staging = StagingBuffers(keep_max=WORKERS)
+        self._staging = StagingBuffers(keep_max_bytes=WORKERS * STAGING_BYTES)
         self._queue: deque[Range] = deque()
         self._in_flight_bytes = 0
         self._idle = trio.lowlevel.ParkingLot()
@@ -116,7 +116,7 @@ class Prefetcher:
             self._in_flight_bytes -= length
             self._staging.give_back(buffer)
             if not self._in_flight_bytes:
-                self._staging.shrink(STAGING_KEPT)
+                self._staging.shrink(STAGING_KEPT_BYTES)
         self._readahead.window_max_bytes = self._link.window_bytes
         self._statistics.readahead_bytes += length
         installed = install(self._table, fetch, buffer, ahead=True)

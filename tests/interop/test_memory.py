@@ -26,6 +26,8 @@ OVERHEAD_BYTES_MAX = 150 * MEBIBYTE
 """What the daemon may take besides its cache."""
 
 LIMIT_BYTES = 256 * MEBIBYTE
+REQUESTS_BYTES_MAX = 128 * MEBIBYTE
+"""The kernel hands over up to 128 writes of 1 MiB, and they are in memory while they wait."""
 FILES, BLOCKS = 4, 256
 STUCK_S = 60.0
 """After this long it is a deadlock: some 10 s are usual."""
@@ -34,7 +36,7 @@ STUCK_S = 60.0
 # -- no deadlock -----------------------------------------------------------------------------------
 
 
-MakeGroup = Callable[[], MemoryGroup]
+MakeGroup = Callable[..., MemoryGroup]
 
 
 @pytest.fixture
@@ -43,9 +45,9 @@ def make_group(tmp_path: Path) -> Iterator[MakeGroup]:
         pytest.skip("memory cgroups need root")
     with contextlib.ExitStack() as made:
 
-        def make() -> MemoryGroup:
+        def make(limit_bytes: int = LIMIT_BYTES) -> MemoryGroup:
             try:
-                return made.enter_context(memory_group(LIMIT_BYTES, tmp_path / "cgroup"))
+                return made.enter_context(memory_group(limit_bytes, tmp_path / "cgroup"))
             except NoMemoryGroup as error:
                 pytest.skip(f"no memory cgroup: {error}")
 
@@ -105,7 +107,8 @@ def test_no_deadlock_when_memory_is_short(
     target = make_embedded({1: "ram:1536M"})
     mountpoint = product.new_mountpoint()
     writers = make_group()
-    own = writers if together else make_group()
+    need_bytes = CACHE_BYTES + OVERHEAD_BYTES_MAX + REQUESTS_BYTES_MAX
+    own = writers if together else make_group(need_bytes)
     with contextlib.ExitStack() as undo:
         connections = undo.enter_context(fuse_connections(tmp_path / "fusectl"))
         undo.enter_context(mounted_inside(product, own, target.lun_url(), mountpoint))
