@@ -46,10 +46,13 @@ def run_in_background(body: Body, *, failure: int) -> None:
         os.close(writing)
         os.waitpid(first, 0)
         _await_ready(reading, failure)
+    except BaseException:
+        _take_interrupt()  # it has been heeded
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
     finally:
         os.close(reading)
-        _take_interrupt()  # it has been heeded, or came too late
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # The mount stands, and the command is over: what is pressed now comes too late.
 
 
 def _leave_terminal() -> None:
@@ -109,7 +112,8 @@ def _await_ready(pipe: int, failure: int) -> None:
         if _take_interrupt() and heeded:
             give_up_at = min(give_up_at, time.monotonic() + INTERRUPTED_S)
         if give_up_at < math.inf:
-            if pid and not told:
+            # A mount that came about all the same is told again.
+            if pid and (not told or message.get("ready")):
                 told = True
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
@@ -119,9 +123,20 @@ def _await_ready(pipe: int, failure: int) -> None:
             return
         elif "error" in message:
             raise Failed(message["error"], message["code"])
-    if give_up_at < math.inf:
-        raise Failed("mount: interrupted", failure, advice="nothing is mounted")
-    raise Failed("mount: the daemon died at its start", failure, advice="run it with -f to see why")
+    if give_up_at == math.inf:
+        advice = "run it with -f to see why"
+        raise Failed("mount: the daemon died at its start", failure, advice=advice)
+    while pid and _is_alive(pid) and time.monotonic() < give_up_at:
+        time.sleep(TICK_S)
+    raise Failed("mount: interrupted", failure, advice="nothing is mounted")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _messages(pipe: int) -> Iterator[dict[str, Any]]:

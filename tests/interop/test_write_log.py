@@ -14,6 +14,7 @@ import pytest
 from orion_iscsifs.testing.programs import wait_until
 from tests.interop.conftest import TgtDisk
 from tests.interop.product import Product, abandon, alive
+from tests.interop.workers import supervisor_of
 
 pytestmark = [pytest.mark.fuse, pytest.mark.interop("tgtd", "tgtadm")]
 
@@ -32,9 +33,12 @@ def logs(product: Product, folder: Path, command: str = "list", code: int = 0) -
 
 
 def write_until_killed(product: Product, mountpoint: Path, rng: random.Random) -> dict[int, bytes]:
-    """Write blocks at random and kill the daemon in the middle of it: what was acknowledged."""
+    """Write blocks at random and kill the daemon in the middle of it: what was acknowledged.
+
+    The supervisor is killed, and its worker dies with it: nobody takes the mount over.
+    """
     written: dict[int, bytes] = {}
-    pid = product.pid(mountpoint)
+    worker, supervisor = product.pid(mountpoint), supervisor_of(product, mountpoint)
     file = os.open(mountpoint / "lun1", os.O_RDWR | os.O_DIRECT)
     try:
         for number in range(rng.randrange(50, 800)):
@@ -44,8 +48,8 @@ def write_until_killed(product: Product, mountpoint: Path, rng: random.Random) -
             written[block] = content
             if number % 40 == 0:
                 os.fsync(file)
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not alive(pid), what="end of the daemon")
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: not alive(worker), what="end of the daemon")
     finally:
         with contextlib.suppress(OSError):  # not connected, by now
             os.close(file)
