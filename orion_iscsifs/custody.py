@@ -112,6 +112,10 @@ class Custody:
         if self._keeps:
             self.tell(drop=name)
 
+    def forbid(self, why: str) -> None:
+        """From now on this mount must not be taken over any more."""
+        self.tell(forbid=why)
+
     def resumed(self) -> None:
         """The takeover is complete: the kernel's requests are answered again."""
         self.is_takeover = False

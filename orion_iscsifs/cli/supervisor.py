@@ -98,7 +98,7 @@ class Supervisor:
 
     mountpoint: str
     obstacle: str | None
-    """Why this mount must not be taken over; None: it may."""
+    """Why this mount must not be taken over; None: it may. A worker can still forbid it."""
     work: Work
     configure_log: Callable[[], None]
     """Again for each worker: the one before may have begun a new file."""
@@ -235,6 +235,8 @@ class Supervisor:
                         worker.pid,
                         pause_s,
                     )
+            case {"forbid": str(why)}:
+                self.obstacle = why
             case {"error": str(line), "code": int(code)}:
                 worker.failure = line, code
 

@@ -28,6 +28,7 @@ from orion_iscsifs.cache.epochs import Epochs
 from orion_iscsifs.cache.writelog import WriteLog, open_write_log, recover
 from orion_iscsifs.config import CacheConfig, Destage
 from orion_iscsifs.config.places import create_private, state_dir
+from orion_iscsifs.custody import custody
 from orion_iscsifs.initiator.identity import keep
 from orion_iscsifs.initiator.keys import LunKeys, lun_stem
 from orion_iscsifs.initiator.lun import LunDevice
@@ -117,6 +118,7 @@ async def open_log(
             dirty_age_s=config.dirty_age_s,
             ordered=config.destage is Destage.ORDERED,
         ) as write_log:
+            store.on_failure = lambda: _failed(write_log)
             if exclusive is not None:
                 exclusive.on_generation(keeper.news)
             async with background(keeper.run):
@@ -125,6 +127,12 @@ async def open_log(
             await keeper.write(clean=True)
     finally:
         store.close()
+
+
+def _failed(write_log: WriteLog) -> None:
+    """What is not on the target yet is in memory only now, and the log is soon out of date."""
+    custody.forbid("its write log has failed")
+    write_log.destager.wake()
 
 
 def forget_log(disk: LunDevice) -> None:

@@ -1,7 +1,8 @@
 """A supervisor with workers that do nothing but live and die, as a program of its own.
 
 `python -m tests.cli.supervised HOW…`: what becomes of each worker, one word for each: `refuse`
-(before it is ready), `die`, `crash` (an exception), `name` (an error with a name), `end`, `stay`.
+(before it is ready), `die`, `forbid` (and die), `crash` (an exception), `name` (an error with a
+name), `end`, `stay`.
 With `--no-takeover` first, nobody may go on. The FUSE device is the writing end of a pipe. Prints
 `ready`, a line for each worker, and the error in the end.
 """
@@ -39,7 +40,9 @@ def worker(words: list[str], ready: Callable[[], None]) -> None:
     if how == "stay":
         signal.signal(FORWARDED, lambda number, _frame: told.append(number))
     ready()
-    if how == "die":
+    if how == "forbid":
+        custody.forbid("its write log has failed")
+    if how in {"die", "forbid"}:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "crash":
         raise ZeroDivisionError("a bug")

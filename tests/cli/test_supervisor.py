@@ -57,6 +57,13 @@ def test_it_is_not_replaced_where_that_is_not_safe() -> None:
     assert len(said) == 3
 
 
+def test_a_worker_can_forbid_it() -> None:
+    said, _ = outcome("die", "forbid", "end")
+    assert said[2] == "worker 1 inherits: forbid"
+    assert "was killed by SIGKILL; the mount ends with it: its write log has failed" in said[3]
+    assert len(said) == 4
+
+
 def test_one_that_can_not_go_on_is_believed() -> None:
     said, _ = outcome("die", "name", "end")
     assert said[2] == "worker 1 inherits: name"

@@ -1,5 +1,6 @@
 """Whose log it is, and whether it may be replayed after something else has happened."""
 
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ import trio
 
 from orion_iscsifs.config import CacheMode, FuseConfig, MountConfig, ReserveConfig
 from orion_iscsifs.config.places import state_dir
+from orion_iscsifs.custody import custody
 from orion_iscsifs.errors import BusyError
 from orion_iscsifs.localstore import segment
 from orion_iscsifs.localstore.store import LogError
@@ -179,3 +181,24 @@ async def test_a_mount_that_only_reads_refuses_to_hide_what_is_in_the_log() -> N
         async with open_stack(parse(running.url(1)), read_only, "/mnt") as stack:
             assert await image(stack) == NEW
             assert stack.status()["luns"][0]["log"] is None
+
+
+async def test_a_mount_whose_log_has_failed_is_not_taken_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new worker would find a log that is out of date, and might replay it."""
+    told: list[str] = []
+    monkeypatch.setattr(custody, "forbid", told.append)
+
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    async with RamDevice(SIZE) as disk, target(disk) as running:
+        async with open_stack(parse(running.url(1)), lazy(), "/mnt") as stack:
+            await stack.files["lun1"].write(0, OLD)
+            assert not told
+            with monkeypatch.context() as broken:
+                broken.setattr(os, "pwritev", fail)
+                await stack.files["lun1"].write(0, NEW)
+            assert told == ["its write log has failed"]
+        assert bytes(disk.view[:8192]) == NEW
