@@ -53,7 +53,7 @@ def served_lun(folder: Path, size_bytes: int, *, distant: bool) -> Iterator[Lun]
         if distant:
             host, _, port = daemon.portal.rpartition(":")
             proxy = stack.enter_context(TcpProxy(host, int(port)))
-        yield Lun(daemon, target, proxy)
+        yield Lun(daemon, target, backing, proxy)
 
 
 def _chosen(_context: click.Context, _parameter: click.Parameter, value: str) -> list[Workload]:

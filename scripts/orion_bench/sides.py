@@ -23,6 +23,8 @@ COMMAND = Path(sys.executable).parent / "orion-iscsifs"
 class Lun:
     daemon: Tgt
     target: TgtTarget
+    backing: Path
+    """The target's file."""
     proxy: TcpProxy | None = None
     """Makes the target distant."""
 
