@@ -47,6 +47,7 @@ async def rig(
     readahead: Literal["auto", "off"] | int = "off",
     discard_granularity_bytes: int = 4096,
     fua: bool = False,
+    write_cache: bool = True,
     idle_s: float = float("inf"),
 ) -> AsyncIterator[Rig]:
     """`fua`: small flushes may go as writes with FUA; else each is followed by the device's."""
@@ -55,6 +56,7 @@ async def rig(
         logical_block_bytes=block_bytes,
         discard_granularity_bytes=discard_granularity_bytes,
         fua=fua,
+        write_cache=write_cache,
     )
     memory = MemoryDevice(geometry=geometry, volatile_cache=True, record=True)
     faults = FaultyDevice(memory)

@@ -579,3 +579,13 @@ async def test_a_wave_with_fua_whose_flush_is_cancelled_still_counts(
             r.faults.release("write")
         r.memory.crash()
         assert r.memory.peek(0, 4 * KIB) == b"1" * 4 * KIB
+
+
+async def test_without_a_volatile_cache_there_is_no_fua(autojump_clock: object) -> None:
+    """Nor SYNCHRONIZE CACHE: `flush` of such a LUN sends nothing (tests/initiator/test_lun.py)."""
+    async with rig(fua=True, write_cache=False) as r:
+        for number in range(3):
+            await r.cache.write(number * MIB, b"x" * 4 * KIB)
+        await r.cache.flush()
+        assert len(r.writes()) == 3
+        assert not any(request.fua for request in r.memory.requests)
