@@ -211,10 +211,11 @@ def test_memory_stays_within_the_cache_and_a_fixed_part(
         finally:
             os.close(file)
         moved = sum(one.result() for one in loads)
-        most = resident(pid)["VmHWM"]
+        # The kernel brings VmHWM up to date now and then only.
+        most = max(resident(pid)["VmHWM"], *samples)
     figures = f"before {before >> 20} MiB, most {most >> 20} MiB, {len(samples)} samples"
     # It was really loaded: the cache is full, several times over, and it was looked at often.
     assert moved > 2 * cache_bytes
     assert len(samples) >= SAMPLES_MIN
     assert most - before > cache_bytes * 3 // 4, figures
-    assert max(samples) <= most < cache_bytes + OVERHEAD_BYTES_MAX, figures
+    assert most < cache_bytes + OVERHEAD_BYTES_MAX, figures
