@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from orion_iscsifs.config import AuthConfig, ChapCredentials, Secret, SessionConfig
 from orion_iscsifs.errors import (
@@ -102,12 +103,16 @@ async def test_a_server_that_hangs_up_is_told_apart() -> None:
         await dial_played(hang_up)
 
 
-async def test_a_silent_server_runs_into_login_timeout() -> None:
-    async def silent(_peer: PlayedConnection) -> None:
+async def test_a_silent_server_runs_into_login_timeout(mock_clock: trio.testing.MockClock) -> None:
+    """The clock stands still until the connection is made and the request is there."""
+
+    async def silent(peer: PlayedConnection) -> None:
+        await peer.expect(LoginRequest)
+        mock_clock.jump(15)
         await trio.sleep_forever()
 
-    with pytest.raises(ConnectFailed, match=r"login did not end within 0\.1 s"):
-        await dial_played(silent, config(login_timeout_s=0.1))
+    with pytest.raises(ConnectFailed, match=r"login did not end within 15 s"):
+        await dial_played(silent, config(login_timeout_s=15))
 
 
 async def test_a_pdu_of_the_full_feature_phase_has_no_place_in_the_login() -> None:
