@@ -1,8 +1,10 @@
 """`LogDestager`: brings what is in the log to the device, epoch by epoch.
 
-`ordered`: one epoch at a time, durable before the next one begins. `fast`: all that is there in one
-batch. Inside a batch requests go in parallel. A small batch goes with FUA, one round trip in all; a
-large one is followed by a flush; neither is needed on a device without a volatile cache.
+`ordered`: one epoch at a time, durable before the next one begins; and before a byte changes for
+the second time, the log durably says that the first time is over (`_make_sure`). `fast`: all that
+is there in one batch. Inside a batch requests go in parallel. A small batch goes with FUA, one
+round trip in all; a large one is followed by a flush; neither is needed on a device without a
+volatile cache.
 
 What fails for its path is tried again for ever. What the device refuses is cut down to the page
 that it refuses: that page is logged again, as if it had just been written, so that it holds up
@@ -13,7 +15,9 @@ then has the log retired: it must not be replayed over what is written past it f
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import trio
@@ -41,6 +45,8 @@ log = logging.getLogger(__name__)
 RETRY_DELAY_S: Final = 0.1
 RETRY_DELAY_MAX_S: Final = 5.0
 _PAGE_BYTES: Final = 4096
+UNSURE_EXTENTS_MAX: Final = 1 << 15
+"""Of what a replay may bring again: more than that are not kept in mind."""
 
 
 class LogDestager:
@@ -62,6 +68,8 @@ class LogDestager:
         self.last_change = float("-inf")
         """When something was written last."""
         self.retired = False
+        self.outages = 0
+        """Requests that did not reach the device at all."""
         self._device = device
         self._store = store
         self._epochs = epochs
@@ -82,12 +90,25 @@ class LogDestager:
         self._error: OrionError | None = None
         """Of a change that the device refused; for a flush to raise, once."""
         self._last_error: OrionError | None = None
+        self._unsure: ExtentMap[None] = ExtentMap()
+        """`ordered`: what the device has, and a replay would bring again after a loss of power."""
+        self._unsure_extents = 0
+        self._unsure_until = 0
+        """The record that says so last has a smaller sequence number."""
 
     # -- from the device above -------------------------------------------------------------------
 
     def wake(self) -> None:
         """Something may be due."""
         self._wake.unpark()
+
+    def raise_outage(self, outages: int) -> None:
+        """Raise what keeps the device away if requests to it have failed since there were so many.
+
+        Whoever waits for room is held no longer then. Who comes later waits for the next try.
+        """
+        if self.outages != outages and self._last_error is not None:
+            raise self._last_error
 
     def raise_error(self) -> None:
         """Raise what has to be said, once."""
@@ -122,11 +143,14 @@ class LogDestager:
     async def wait_retired(self) -> None:
         """A log that has failed will not be replayed any more when this returns.
 
-        Else a replay would lay what is in it over what goes to the device from now on.
+        Else a replay would lay what is in it over what goes to the device from now on. It is given
+        up once the device has everything: raises what keeps it from that.
         """
         while self._store.failed is not None and not self.retired:
-            self.wake()
-            await self._progress.park()
+            await self.drain(forgive_refusals=True)
+            if not self.retired:
+                self.wake()
+                await self._progress.park()
 
     def _is_left(self, last: int, *, refused_too: bool) -> bool:
         """Whether something of the epochs up to `last` is not on the device."""
@@ -198,6 +222,8 @@ class LogDestager:
     # -- a batch ---------------------------------------------------------------------------------
 
     async def _bring(self, batch: list[Epoch]) -> None:
+        if self._ordered:
+            await self._make_sure(batch)
         changes = batch[0].changes if len(batch) == 1 else _merged(batch)
         length_max = min(self._device.geometry.optimal_transfer_bytes, STAGING_BYTES)
         everything = list(requests(changes, max(length_max, 64 << 10)))
@@ -212,8 +238,28 @@ class LogDestager:
             if todo:
                 await trio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_DELAY_MAX_S)
-        await self._relog_refused()
-        self._done(batch)
+        if await self._relog_refused():
+            self._done(batch)
+
+    async def _make_sure(self, batch: list[Epoch]) -> None:
+        """No byte of it is one that a replay would set back.
+
+        DESTAGED records are not durable at once. After a loss of power the epochs whose record is
+        missing are replayed, and while that lasts the device must be in a state that fsync order
+        allows, too: the log may be lost in the middle of it. It is as long as no byte is in two of
+        these epochs. Then the replay changes nothing that the device has. So the record has to be
+        durable, which is a sync, only before a byte changes once more.
+        """
+        if self._store.durable >= self._unsure_until:
+            self._unsure, self._unsure_extents = ExtentMap(), 0
+        spans = [(start, end) for epoch in batch for start, end, _ in epoch.changes]
+        if self._unsure_extents + len(spans) <= UNSURE_EXTENTS_MAX and not any(
+            map(self._unsure.find, spans)
+        ):
+            return
+        with suppress(LogError):  # then it is retired as soon as the device has everything
+            await self._store.commit()
+            self._unsure, self._unsure_extents = ExtentMap(), 0
 
     def _done(self, batch: list[Epoch]) -> None:
         epochs = self._epochs
@@ -222,6 +268,12 @@ class LogDestager:
         self._statistics.dirty_bytes = epochs.live.covered_bytes
         oldest = epochs.queue[0].first_seq if epochs.queue else None
         self._store.note_destaged(batch[-1].number, oldest)
+        if self._ordered:
+            self._unsure_until = self._store.next_seq
+            for epoch in batch:
+                for start, end, _ in epoch.changes:
+                    self._unsure.put((start, end), None)
+                    self._unsure_extents += 1
         self._store.room.unpark_all()
         self._progress.unpark_all()
 
@@ -325,8 +377,11 @@ class LogDestager:
         self._note(request, error)
         return []
 
-    async def _relog_refused(self) -> None:
-        """What the device refused becomes part of the current epoch, unless it is old by now."""
+    async def _relog_refused(self) -> bool:
+        """What the device refused becomes part of the current epoch, unless it is old by now.
+
+        False: the log has no room for all of it, so the batch stays where it is.
+        """
         refusals, self._refusals = self._refusals, []
         for start, end, change in refusals:
             request = Request(start, end - start, [(start, end, change)])
@@ -338,8 +393,17 @@ class LogDestager:
                 self._unreadable(request, error)
                 continue
             # Checkpoints: what is newer by now must stay so, hence the look inside.
-            while not self._relog(change, start, end, content):
+            if not await self._until_logged(partial(self._relog, change, start, end, content)):
+                return False
+        return True
+
+    async def _until_logged(self, logged: Callable[[], bool]) -> bool:
+        """False: there is no room, and none will come before the device takes more."""
+        with trio.move_on_after(RETRY_DELAY_MAX_S):
+            while not logged():
                 await self._store.room.park()
+            return True
+        return False
 
     def _relog(self, change: Change, start: int, end: int, content: memoryview) -> bool:
         """Log again what nothing newer has replaced; False: no room. Without a checkpoint."""
@@ -403,7 +467,10 @@ class LogDestager:
         if not self._failing:
             log.warning("%s failed: %s (it is in the log, and tried again)", what, error)
         self._failing = True
+        if not isinstance(error, DeviceError):
+            self.outages += 1
         self._fail(error)
+        self._store.room.unpark_all()
 
     def _fail(self, error: OrionError) -> None:
         self._statistics.writeback_failures += 1

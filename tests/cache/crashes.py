@@ -177,7 +177,7 @@ class Recorder:
 
     def device(self, rng: random.Random) -> FaultyDevice:
         """The memory, with delays, and a step before and after everything that changes it."""
-        device = FaultyDevice(FaultyDevice(_Stepping(self._memory, self.step)), arrive_first=True)
+        device = FaultyDevice(FaultyDevice(Stepping(self._memory, self.step)), arrive_first=True)
         for layer in (device, device._device):
             assert isinstance(layer, FaultyDevice)
             for kind in ("write", "flush", "zero", "read"):
@@ -185,7 +185,7 @@ class Recorder:
         return device
 
 
-class _Stepping:
+class Stepping:
     """A device that counts its changes as steps."""
 
     def __init__(self, memory: MemoryDevice, step: Callable[[], None]) -> None:
