@@ -84,6 +84,8 @@ class Destager:
         )
         self._failing = False
         """The last write-back failed."""
+        self._outages = 0
+        """Write-backs that did not reach the device at all."""
         self._unreported = False
         """A write-back has failed and no flush has raised its error yet."""
         self._last_error: OrionError = DeviceError("a write-back was cancelled")
@@ -93,8 +95,12 @@ class Destager:
 
     # -- the line of writers ---------------------------------------------------------------------
 
-    async def join_line(self) -> None:
-        """Stand in the line; return at its head. `leave_line` is due afterwards."""
+    async def join_line(self) -> int:
+        """Stand in the line; return at its head. `leave_line` is due afterwards.
+
+        How many outages there had been when this began: for `wait_for_room`.
+        """
+        outages = self._outages
         self._statistics.throttled_writes += 1
         self.waiting_writers += 1
         try:
@@ -102,15 +108,23 @@ class Destager:
         except BaseException:
             self.waiting_writers -= 1
             raise
+        return outages
 
     def leave_line(self) -> None:
         self.waiting_writers -= 1
         self._line.release()
 
-    async def wait_for_room(self) -> None:
-        """At the head of the line: park until dirty bytes became fewer or a frame became idle."""
+    async def wait_for_room(self, outages: int) -> None:
+        """At the head of the line: park until dirty bytes became fewer or a frame became idle.
+
+        Raises what keeps the device away, when a write-back is no longer held for it. Whoever came
+        later than that waits for the next try: it may be back.
+        """
         self.wake()
-        await self._table.freed.park()
+        if self._outages == outages:
+            await self._table.freed.park()
+        if self._outages != outages:
+            raise self._last_error
 
     # -- flushing --------------------------------------------------------------------------------
 
@@ -271,6 +285,9 @@ class Destager:
         # A write with FUA raises its own failure; a flush is there for all the others.
         self._unreported = self._unreported or not extent.fua
         self._last_error = error
+        if not isinstance(error, DeviceError):
+            self._outages += 1
+            self._table.freed.unpark()
 
 
 def _gather(extent: Extent, buffer: memoryview) -> memoryview:

@@ -149,6 +149,15 @@ class Epochs:
         self.seal(flushed=True)
         self.next_number = last + 1
 
+    def cut(self, size_bytes: int) -> int:
+        """Forget what lies past the end of the device; how many bytes that was."""
+        before = self.live.covered_bytes
+        for changes in (self.live, *(epoch.changes for epoch in self.queue)):
+            for start, end, _ in list(changes):
+                if end > size_bytes:
+                    changes.remove((max(start, size_bytes), end))
+        return before - self.live.covered_bytes
+
 
 def _change(header: Header, place: Place) -> Change:
     return Change(

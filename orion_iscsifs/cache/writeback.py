@@ -285,7 +285,7 @@ class WritebackCache:
 
     async def _absorb(self, offset: int, source: memoryview) -> None:
         """Take one frame's part of a write, waiting for whatever is in the way."""
-        in_line = False
+        in_line, outages = False, 0
         try:
             while (obstacle := self._try_absorb(offset, source, in_line=in_line)) is not None:
                 span = cover((offset, offset + len(source)), PAGE_BYTES)
@@ -294,9 +294,9 @@ class WritebackCache:
                 elif obstacle is Obstacle.INCOMPLETE:
                     await self._complete(span, offset, offset + len(source))
                 elif in_line:
-                    await self._destager.wait_for_room()
+                    await self._destager.wait_for_room(outages)
                 else:
-                    await self._destager.join_line()
+                    outages = await self._destager.join_line()
                     in_line = True
                 check_request(self._geometry, offset, len(source))  # it may have shrunk
         finally:

@@ -177,8 +177,12 @@ class WriteLog:
     # -- for the owner ---------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Everything is durable on the device when this returns; raises what keeps it from that."""
+        """Everything is durable on the device when this returns; raises what keeps it from that.
+
+        A log that has failed is given up by then: what is in it may be older.
+        """
         await self.destager.drain()
+        await self.destager.wait_retired()
         await self._past_flush.flush()
 
     @property
@@ -255,9 +259,13 @@ class WriteLog:
     async def _take(
         self, kind: Kind, offset: int, length: int, source: Buffer, flags: Flag = Flag.NONE
     ) -> bool:
-        """Stand in line for room and take the change. False: the log has failed."""
+        """Stand in line for room and take the change. False: the log has failed.
+
+        Raises what keeps the device away, when requests to it are no longer held.
+        """
         span = offset, offset + length
         destager = self.destager
+        outages = destager.outages
         destager.waiting_writers += 1
         try:
             async with self._line:
@@ -268,6 +276,7 @@ class WriteLog:
                     if self._log(kind, offset, length, source, flags):
                         return True
                     destager.wake()
+                    destager.raise_outage(outages)
                     if self.store.failed is None:
                         await self.store.room.park()
                 return False
@@ -388,5 +397,8 @@ async def open_write_log(
             await write_log.drain()
         except OrionError:
             left = write_log.statistics.dirty_bytes
-            log.warning("%d bytes stay in the log %s for the next mount", left, store.folder)
+            if store.failed is None:
+                log.warning("%d bytes stay in the log %s for the next mount", left, store.folder)
+            else:
+                log.error("%d bytes are lost: the log %s has failed", left, store.folder)
             raise

@@ -54,12 +54,23 @@ def _read_name(path: Path) -> str | None:
 
 
 def keep(path: Path, text: str) -> None:
-    """Write a small file as a whole or not at all."""
+    """Write a small file as a whole or not at all; it is durable when this returns.
+
+    That a log is out of date, for one, must not be forgotten with a loss of power.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(text)
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise _unusable(path.parent, error) from None
 

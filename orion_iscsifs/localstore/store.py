@@ -23,17 +23,18 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import trio
 
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.errors import BusyError, OrionError
-from orion_iscsifs.localstore import record, segment, superblock
+from orion_iscsifs.localstore import record, segment
+from orion_iscsifs.localstore.head import Head, newest, remove_files
 from orion_iscsifs.localstore.record import Flag, Header, Kind
 from orion_iscsifs.localstore.scan import Place, Scan, Source
 from orion_iscsifs.localstore.superblock import ForeignFormat, Superblock
@@ -69,12 +70,13 @@ class LogStore:
 
     def __init__(self, folder: Path, lock: int, counter: int, block: Superblock) -> None:
         self.folder: Final = folder
-        self.superblock = block
+        self._head = Head(folder, counter, block)
         self.failed: OrionError | None = None
         self.on_failure: Callable[[], object] = lambda: None
         self.room = trio.lowlevel.ParkingLot()
         """Unparked when a segment has been prepared, or none ever will."""
         self.store_id = _store_id(block)
+        self._segment_bytes: Final = block.segment_bytes
         self.next_seq = 0
         self.durable = 0
         """Every record with a smaller sequence number is durable."""
@@ -82,7 +84,6 @@ class LogStore:
         self._oldest: int | None = None
         """The first record that is needed; None: nothing is."""
         self._lock = lock
-        self._counter = counter
         self._slots: list[_Slot] = []
         self._current: _Slot | None = None
         self._position = 0
@@ -98,17 +99,17 @@ class LogStore:
         """A new, empty log; its space is reserved. Raises LogError or BusyError."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = _lock(folder)
+            store = cls(folder, _lock(folder), 0, block)
             try:
-                _remove_files(folder)
-                store = cls(folder, lock, 0, block)
-                store._slots = [
-                    _create_slot(folder, index, block) for index in range(block.segments)
-                ]
+                remove_files(folder)
+                for index in range(block.segments):
+                    store._slots.append(_create_slot(folder, index, block))
                 store.write_superblock(block)
                 store.write_superblock(block)
             except BaseException:
-                os.close(lock)
+                with suppress(OSError):  # a disk that is full must not stay so
+                    remove_files(folder)
+                store.close()
                 raise
         except OSError as error:
             raise LogError(
@@ -122,18 +123,20 @@ class LogStore:
         """An existing log. Raises LogError, ForeignFormat, or BusyError. `shared`: only to look."""
         try:
             lock = -1 if shared else _lock(folder)
+            store = None
             try:
-                found = superblock.newest([_page(folder / name) for name in superblock.NAMES])
+                found = newest(folder)
                 if found is None:
                     raise ForeignFormat("neither of its superblocks is sound")
                 store = cls(folder, lock, *found)
-                mode = os.O_RDONLY if shared else os.O_RDWR
-                store._slots = [
-                    _Slot(index, os.open(folder / segment.file_name(index), mode | os.O_CLOEXEC))
-                    for index in range(found[1].segments)
-                ]
+                mode = (os.O_RDONLY if shared else os.O_RDWR) | os.O_CLOEXEC
+                for index in range(found[1].segments):
+                    path = folder / segment.file_name(index)
+                    store._slots.append(_Slot(index, os.open(path, mode)))
             except BaseException:
-                if lock >= 0:
+                if store is not None:
+                    store.close()
+                elif lock >= 0:
                     os.close(lock)
                 raise
         except ForeignFormat as error:
@@ -147,6 +150,11 @@ class LogStore:
                 advice="`orion-iscsifs cache drop` gives it up, with what is in it",
             ) from None
         return store
+
+    @property
+    def superblock(self) -> Superblock:
+        """As it was written last."""
+        return self._head.block
 
     def restart(self, block: Superblock) -> None:
         """As after `create`, in the files that are there: nothing in them counts any more.
@@ -168,7 +176,7 @@ class LogStore:
             header = segment.decode(self.superblock.store, page)
             if header is not None:
                 slot.number = header.number
-                size = min(os.fstat(slot.descriptor).st_size, self.superblock.segment_bytes)
+                size = min(os.fstat(slot.descriptor).st_size, self._segment_bytes)
                 sources.append(Source(slot.index, slot.descriptor, size, header))
         return Scan(self.store_id, sources)
 
@@ -213,7 +221,7 @@ class LogStore:
         stored = len(payload)
         size = record.record_bytes(stored)
         slot = self._current
-        if slot is None or self._position + size > self.superblock.segment_bytes:
+        if slot is None or self._position + size > self._segment_bytes:
             slot = self._next_segment(reserve=reserve)
             if slot is None:
                 return None
@@ -224,7 +232,7 @@ class LogStore:
         )  # fmt: skip
         # To the end of the page, so that the kernel never has to read what it holds.
         end = position + record.HEADER_BYTES + stored
-        padding = min(-end & _PAGE_MASK, self.superblock.segment_bytes - end)
+        padding = min(-end & _PAGE_MASK, self._segment_bytes - end)
         parts = (record.encode(self.store_id, header), payload, _PAD[:padding])
         try:
             written = os.pwritev(slot.descriptor, parts, position)
@@ -273,12 +281,15 @@ class LogStore:
     async def _sync(self) -> None:
         if self.failed is not None:
             raise self.failed
-        covers, slots = self.next_seq, [slot.descriptor for slot in self._unsynced]
-        self._unsynced.clear()
+        covers, slots = self.next_seq, self._unsynced
+        self._unsynced = set()
         try:
-            await trio.to_thread.run_sync(_fdatasync_all, slots)
+            await trio.to_thread.run_sync(_fdatasync_all, [slot.descriptor for slot in slots])
         except OSError as error:
             raise self._fail("syncing", error) from None
+        except BaseException:  # cancelled, before it was begun
+            self._unsynced |= slots
+            raise
         if self.failed is not None:
             raise self.failed
         self.durable = max(self.durable, covers)
@@ -301,7 +312,7 @@ class LogStore:
     @property
     def used_bytes(self) -> int:
         """Of segments that hold something that the target does not have for certain."""
-        full = self.superblock.segment_bytes
+        full = self._segment_bytes
         current = 0 if self._current is None else self._position
         return current + full * sum(self._is_needed(slot) for slot in self._slots)
 
@@ -327,7 +338,7 @@ class LogStore:
                 self.durable,
             )
             page = segment.encode(self.superblock.store, header)
-            zeroed = 0 if self.room or not slot.fresh else self.superblock.segment_bytes
+            zeroed = 0 if self.room or not slot.fresh else self._segment_bytes
             slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
             try:
                 await trio.to_thread.run_sync(_prepare, slot.descriptor, page, zeroed)
@@ -363,22 +374,12 @@ class LogStore:
 
     def write_superblock(self, block: Superblock) -> None:
         """The next copy, durable. Blocks; raises OSError."""
-        self._counter += 1
-        name = superblock.NAMES[self._counter % len(superblock.NAMES)]
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self.folder / name, flags, 0o600)
-        try:
-            os.pwrite(descriptor, superblock.encode(self._counter, block), 0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        _fsync_folder(self.folder)
-        self.superblock = block
+        self._head.write(block)
 
-    def update(self, **changes: object) -> None:
-        """Change fields of the superblock. Blocks; raises LogError."""
+    async def update(self, **changes: object) -> None:
+        """Change fields of the superblock. Raises LogError."""
         try:
-            self.write_superblock(msgspec.structs.replace(self.superblock, **changes))
+            await trio.to_thread.run_sync(self._head.update, changes)
         except OSError as error:
             raise self._fail("writing the superblock", error) from None
 
@@ -387,11 +388,10 @@ class LogStore:
 
         Raises LogError if that can't be made sure of.
         """
-        block = msgspec.structs.replace(self.superblock, ended=why, clean=True)
         problems = []
         attempts: list[Callable[[], None]] = [
-            lambda: self.write_superblock(block),
-            lambda: _remove_files(self.folder),
+            lambda: self._head.update({"ended": why, "clean": True}),
+            lambda: remove_files(self.folder),
         ]
         for attempt in attempts:
             try:
@@ -440,7 +440,7 @@ def drop(folder: Path) -> None:
     try:
         lock = _lock(folder)
         try:
-            _remove_files(folder)
+            remove_files(folder)
             folder.rmdir()
         finally:
             os.close(lock)
@@ -481,8 +481,13 @@ def _lock(folder: Path) -> int:
 
 def _create_slot(folder: Path, index: int, block: Superblock) -> _Slot:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    slot = _Slot(index, os.open(folder / segment.file_name(index), flags, 0o600))
-    os.posix_fallocate(slot.descriptor, 0, block.segment_bytes)
+    descriptor = os.open(folder / segment.file_name(index), flags, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, block.segment_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    slot = _Slot(index, descriptor)
     slot.fresh = True
     return slot
 
@@ -499,26 +504,3 @@ def _prepare(descriptor: int, page: bytes, zeroed: int) -> None:
 def _fdatasync_all(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.fdatasync(descriptor)
-
-
-def _page(path: Path) -> bytes:
-    try:
-        return path.read_bytes()[: superblock.PAGE_BYTES]
-    except FileNotFoundError:
-        return b""
-
-
-def _remove_files(folder: Path) -> None:
-    """The superblocks last: without them nothing is replayed."""
-    for pattern in ("wlog-*", "super.*"):
-        for path in sorted(folder.glob(pattern)):
-            path.unlink()
-    _fsync_folder(folder)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ A target that was restarted has forgotten both: that is no sign, and is said.
 import logging
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,6 +33,7 @@ from orion_iscsifs.initiator.identity import keep
 from orion_iscsifs.initiator.keys import LunKeys, lun_stem
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.initiator.standing import Own, Seen, foreign_key
+from orion_iscsifs.localstore.head import is_in_memory
 from orion_iscsifs.localstore.store import LogError, LogStore, new_superblock
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
 from orion_iscsifs.stack.exclusive import Exclusive, lun_name
@@ -105,8 +106,14 @@ async def open_log(
     )
     try:
         keep(owner, store.superblock.store.hex() + "\n")
-        keeper = _Keeper(store, exclusive)
-        await keeper.write(clean=False, size_bytes=device.geometry.size_bytes)
+        keeper = _Keeper(store, exclusive, device)
+        await keeper.write(clean=False)
+        if is_in_memory(folder):
+            log.warning(
+                "log_dir %s is in memory: a loss of power takes what was fsynced with it"
+                " (put it on a disk)",
+                folder.parent,
+            )
         if epochs.queue:
             left = epochs.live.covered_bytes
             log.warning("%s: %d bytes in the log are replayed", folder, left)
@@ -121,12 +128,25 @@ async def open_log(
             store.on_failure = lambda: _failed(write_log)
             if exclusive is not None:
                 exclusive.on_generation(keeper.news)
+            device.on_geometry_change(lambda _: keeper.news())
             async with background(keeper.run):
                 yield write_log
-        if store.failed is None:
-            await keeper.write(clean=True)
+        await _end(store, keeper)
     finally:
         store.close()
+
+
+async def _end(store: LogStore, keeper: "_Keeper") -> None:
+    """The target has everything. A log that can't be told so is given up; that fails no umount."""
+    if store.failed is not None:
+        return  # it was given up before
+    try:
+        await keeper.write(clean=True)
+    except LogError as error:
+        try:
+            await trio.to_thread.run_sync(store.retire, str(error))
+        except LogError as problem:
+            log.error("%s", problem.line)
 
 
 def _failed(write_log: WriteLog) -> None:
@@ -159,13 +179,14 @@ def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
 class _Keeper:
     """Keeps the superblock up to date."""
 
-    def __init__(self, store: LogStore, exclusive: Exclusive | None) -> None:
+    def __init__(self, store: LogStore, exclusive: Exclusive | None, device: BlockDevice) -> None:
         self._store = store
         self._exclusive = exclusive
+        self._device = device
         self._news = trio.Event()
 
     def news(self) -> None:
-        """Registrations have changed, by us."""
+        """Registrations have changed, by us, or the size."""
         self._news.set()
 
     async def run(self) -> None:
@@ -173,16 +194,18 @@ class _Keeper:
             await self._news.wait()
             self._news = trio.Event()
             if self._store.failed is None:
-                await self.write()
+                with suppress(LogError):  # the log has ended with it, and it was said
+                    await self.write()
 
     async def write(self, **changes: int) -> None:
-        """Some fields, and who may write to the LUN."""
+        """Some fields, the size of the LUN, and who may write to it."""
         exclusive = self._exclusive
+        changes["size_bytes"] = self._device.geometry.size_bytes
         if exclusive is not None and exclusive.generation >= 0:
             changes |= {"generation": exclusive.generation, "key": exclusive.first.key}
         else:
             changes |= {"generation": -1, "key": 0}
-        await trio.to_thread.run_sync(lambda: self._store.update(**changes))
+        await self._store.update(**changes)
 
 
 def _evidence(owner: Path, disk: LunDevice, exclusive: Exclusive | None) -> Evidence:
@@ -239,7 +262,7 @@ def _take_over(
     block, folder = store.superblock, store.folder
     if block.ended:
         return None
-    check_owner(store, wanted.lun, geometry)
+    _check_owner(store, wanted.lun, geometry, force=evidence is None)
     if block.clean:
         return None
     epochs, scan = recover(store, now)
@@ -253,6 +276,7 @@ def _take_over(
         return None
     if scan.damage:
         log.warning("log %s: %s: replayed up to there", folder, scan.damage)
+    _cut(store, epochs, geometry, force=evidence is None)
     if evidence is not None and (why := evidence.objection(block)):
         raise LogError(f"log {folder}: holds data that the target lacks, but {why}", advice=_FORCE)
     if scan.torn_bytes:
@@ -267,7 +291,7 @@ def _take_over(
     return epochs
 
 
-def check_owner(store: LogStore, lun: str, geometry: Geometry) -> None:
+def _check_owner(store: LogStore, lun: str, geometry: Geometry, *, force: bool) -> None:
     """Raises LogError if the log is another LUN's."""
     block = store.superblock
     if block.lun != lun:
@@ -277,12 +301,23 @@ def check_owner(store: LogStore, lun: str, geometry: Geometry) -> None:
         )
     if block.clean:
         return
-    if geometry.size_bytes < block.size_bytes or (
-        geometry.logical_block_bytes != block.block_bytes
-    ):
+    had = f"log {store.folder}: the LUN had {block.size_bytes} bytes in blocks of"
+    has = f"it has {geometry.size_bytes} in blocks of {geometry.logical_block_bytes}"
+    if geometry.logical_block_bytes != block.block_bytes:
         raise LogError(
-            f"log {store.folder}: the LUN had {block.size_bytes} bytes in blocks of"
-            f" {block.block_bytes}; it has {geometry.size_bytes} in blocks of"
-            f" {geometry.logical_block_bytes}",
-            advice="is it the same LUN? " + _FORCE,
+            f"{had} {block.block_bytes}; {has}",
+            advice="it can't be replayed there; `orion-iscsifs cache drop` gives it up",
         )
+    if geometry.size_bytes < block.size_bytes and not force:
+        raise LogError(f"{had} {block.block_bytes}; {has}", advice="is it the same LUN? " + _FORCE)
+
+
+def _cut(store: LogStore, epochs: Epochs, geometry: Geometry, *, force: bool) -> None:
+    """What lies past the end of the LUN can't be replayed: said, or refused with LogError."""
+    gone = epochs.cut(geometry.size_bytes)
+    if not gone:
+        return
+    what = f"log {store.folder}: {gone} bytes in it lie past the end of the LUN, which has shrunk"
+    if not force:
+        raise LogError(what, advice="`orion-iscsifs cache replay --force` writes all the others")
+    log.warning("%s: they are given up", what)

@@ -8,7 +8,7 @@ import trio.testing
 
 from orion_iscsifs.cache.destage import IN_FLIGHT_MAX_BYTES, WORKERS
 from orion_iscsifs.cache.frames import FRAME_BYTES, PAGE_BYTES
-from orion_iscsifs.errors import ConnectionLost, DeviceError, ScsiError
+from orion_iscsifs.errors import ConnectionLost, DeviceError, ReplacementTimedOut, ScsiError
 from tests.cache.helpers import KIB, MIB, Rig, rig
 
 
@@ -589,3 +589,34 @@ async def test_without_a_volatile_cache_there_is_no_fua(autojump_clock: object) 
         await r.cache.flush()
         assert len(r.writes()) == 3
         assert not any(request.fua for request in r.memory.requests)
+
+
+async def test_a_write_that_finds_no_room_is_held_no_longer_than_the_device_holds_it(
+    autojump_clock: object,
+) -> None:
+    async with rig(cache_bytes=MIB, dirty_max_bytes=256 * KIB) as r:
+        r.faults.fail("write", 1 << 30, lambda: ReplacementTimedOut("no path for 120 s"))
+        for number in range(64):
+            await r.cache.write(number * 4096, bytes([number + 1]) * 4096)
+        failed = []
+
+        async def one_more(offset: int) -> None:
+            try:
+                await r.cache.write(offset, b"x" * 4096)
+            except ReplacementTimedOut:
+                failed.append(trio.current_time())
+
+        with trio.fail_after(600):
+            async with trio.open_nursery() as nursery:
+                for number in range(30):
+                    nursery.start_soon(one_more, MIB + number * 4096)
+        assert len(failed) == 30
+        assert max(failed) - min(failed) < 1, "all who waited, when the first try has failed"
+        r.faults.fail("write", 0)
+        with trio.fail_after(600):
+            await r.cache.write(MIB, b"x" * 4096)
+        with pytest.raises(ReplacementTimedOut):
+            await r.cache.flush()  # says it, once
+        await r.cache.flush()
+        for number in range(64):
+            assert r.memory.peek(number * 4096, 1) == bytes([number + 1])

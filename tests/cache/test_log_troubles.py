@@ -16,6 +16,7 @@ from orion_iscsifs.cache import writelog
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.errors import ConnectionLost, DeviceError, OrionError
 from orion_iscsifs.localstore import store as store_module
+from orion_iscsifs.localstore.head import Head
 from orion_iscsifs.localstore.scan import Place
 from orion_iscsifs.localstore.store import LogError, LogStore
 from orion_iscsifs.testing.faults import FaultyDevice
@@ -96,8 +97,8 @@ async def test_a_log_that_cannot_even_be_marked_is_said(
     async with rig(tmp_path / "log") as r:
         await r.write(0, 1)
         monkeypatch.setattr(store_module, "_fdatasync_all", failing(5))
-        monkeypatch.setattr(LogStore, "write_superblock", failing(5))
-        monkeypatch.setattr(store_module, "_remove_files", failing(30))
+        monkeypatch.setattr(Head, "update", failing(5))
+        monkeypatch.setattr(store_module, "remove_files", failing(30))
         await r.log.flush()
         await eventually(lambda: "remove that folder by hand" in caplog.text)
         monkeypatch.undo()

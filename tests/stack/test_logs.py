@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,9 @@ from orion_iscsifs.config import CacheMode, FuseConfig, MountConfig, ReserveConf
 from orion_iscsifs.config.places import state_dir
 from orion_iscsifs.custody import custody
 from orion_iscsifs.errors import BusyError
+from orion_iscsifs.initiator.identity import keep
 from orion_iscsifs.localstore import segment
+from orion_iscsifs.localstore.head import Head
 from orion_iscsifs.localstore.store import LogError
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.target import RamDevice, Running, TargetConfig, serve
@@ -202,3 +206,118 @@ async def test_a_mount_whose_log_has_failed_is_not_taken_over(
                 await stack.files["lun1"].write(0, NEW)
             assert told == ["its write log has failed"]
         assert bytes(disk.view[:8192]) == NEW
+
+
+def no_space(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+async def test_a_superblock_that_cannot_be_written_ends_the_log_and_not_the_mount(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with RamDevice(SIZE) as disk, target(disk) as running:
+        async with open_stack(parse(running.url(1)), lazy(), "/mnt") as stack:
+            unit = stack.units[0]
+            await stack.files["lun1"].write(0, OLD)
+            with monkeypatch.context() as broken:
+                broken.setattr(Head, "update", no_space)
+                assert unit.exclusive is not None
+                unit.exclusive._tell()  # registrations have changed
+                assert unit.log is not None
+                with trio.fail_after(60):
+                    while unit.log.store.failed is None:
+                        await trio.sleep(0.01)
+            await stack.files["lun1"].write(0, NEW)
+            await stack.files["lun1"].flush()
+            assert unit.log.state == "failed"
+            assert unit.log.destager.retired
+        assert bytes(disk.view[:8192]) == NEW
+
+
+async def test_a_log_that_cannot_be_called_clean_is_given_up_and_unmounting_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    healthy = Head.update
+
+    def fail(head: Head, changes: dict[str, object]) -> None:
+        if changes.get("clean") and not changes.get("ended"):
+            no_space()
+        healthy(head, changes)
+
+    async with RamDevice(SIZE) as disk, target(disk) as running:
+        with monkeypatch.context() as broken:
+            broken.setattr(Head, "update", fail)
+            async with open_stack(parse(running.url(1)), lazy(), "/mnt") as stack:
+                await stack.files["lun1"].write(0, NEW)
+        assert bytes(disk.view[:8192]) == NEW
+        async with open_stack(parse(running.url(1)), lazy(), "/mnt") as stack:
+            assert stack.status()["luns"][0]["dirty_bytes"] == 0, "nothing is replayed"
+
+
+async def test_a_lun_that_has_shrunk_under_its_log_is_refused_and_by_force_gets_what_fits() -> None:
+    async with RamDevice(SIZE) as disk, target(disk) as running:
+        with trio.CancelScope() as killed:
+            async with open_stack(parse(running.url(1)), lazy(), "/mnt") as stack:
+                log = stack.units[0].log
+                assert log is not None
+                await stack.files["lun1"].write(0, NEW)
+                await stack.files["lun1"].write(SIZE - 8192, NEW)
+                await log.store.commit()
+                killed.cancel()
+                await trio.lowlevel.checkpoint()
+        disk.resize(SIZE // 2)
+        with pytest.raises(LogError, match=f"the LUN had {SIZE} bytes"):
+            async with open_stack(parse(running.url(1)), lazy(), "/mnt"):
+                pass
+        async with open_stack(parse(running.url(1)), lazy(force=True), "/mnt"):
+            pass
+        assert bytes(disk.view[:8192]) == NEW
+
+
+async def test_the_size_of_a_lun_that_shrinks_in_use_is_noted() -> None:
+    """Else the next mount would take it for another LUN."""
+    async with (
+        RamDevice(SIZE) as disk,
+        target(disk) as running,
+        open_stack(parse(running.url(1)), lazy(), "/mnt") as stack,
+    ):
+        unit = stack.units[0]
+        assert unit.log is not None
+        unit.disk._adopt(replace(unit.disk.geometry, size_bytes=SIZE // 2))
+        with trio.fail_after(60):
+            while unit.log.store.superblock.size_bytes != SIZE // 2:
+                await trio.sleep(0.01)
+
+
+async def test_a_log_dir_in_memory_is_said(
+    memory_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = lazy()
+    cache = msgspec.structs.replace(config.cache, log_dir=str(memory_path / "logs"))
+    config = msgspec.structs.replace(config, cache=cache)
+    async with (
+        RamDevice(SIZE) as disk,
+        target(disk) as running,
+        open_stack(parse(running.url(1)), config, "/mnt"),
+    ):
+        pass
+    assert "is in memory" in caplog.text
+
+
+async def test_whose_log_it_is_survives_a_loss_of_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the LUN was mounted without the log, above all."""
+    events: list[str] = []
+    sync, move = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def moved(path: Path, target: Path) -> Path:
+        events.append("replace")
+        return move(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", moved)
+    keep(state_dir() / "logs" / "some", "text")
+    assert events == ["file", "replace", "folder"]
