@@ -63,6 +63,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _places_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """State and control sockets: the host's belong to its mounts, and to other runs of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("places")
+        patch.setenv("ORION_ISCSIFS_STATE", str(folder / "state"))
+        patch.setenv("ORION_ISCSIFS_RUNTIME", str(folder / "run"))
+        yield
+
+
 @pytest.fixture
 def memory_path() -> Iterator[Path]:
     """A temporary folder in memory, for backing files whose speed is the point."""
