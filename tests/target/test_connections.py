@@ -72,7 +72,7 @@ async def pair(
         yield disk, running, one, two
 
 
-async def eventually(condition: object, timeout_s: float = 3.0) -> None:
+async def eventually(condition: object, timeout_s: float = 30.0) -> None:
     """Until a callable is true."""
     assert callable(condition)
     with trio.fail_after(timeout_s):
@@ -380,10 +380,10 @@ async def test_a_session_does_not_wait_for_ever() -> None:
         serve([config(disk)], limits=RECOVERY) as running,
         logged_in(running, offer=offer) as one,
     ):
+        started = trio.current_time()
         await one.stream.aclose()
-        await trio.sleep(0.5)
-        assert len(running.sessions) == 1
         await eventually(lambda: not running.sessions)
+        assert trio.current_time() - started >= 1, "it has waited for as long as was agreed"
         assert running.stats.timed_out_sessions == 1
 
 
@@ -395,6 +395,6 @@ async def test_stop_does_not_wait_for_sessions_that_wait() -> None:
     ):
         await one.stream.aclose()
         await eventually(lambda: not running.sessions[0].live)
-        with trio.fail_after(2):
+        with trio.fail_after(10):  # half of Time2Retain
             await running.stop()
         assert running.sessions == []
