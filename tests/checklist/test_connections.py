@@ -263,7 +263,7 @@ async def test_each_connection_answers_its_own_pings() -> None:
 async def test_an_abort_goes_over_the_connection_of_its_command() -> None:
     """§11.5.1; the other connection hears nothing of it."""
     async with (
-        two_connections(offer(max_connections=2), command_timeout_s=0.3) as (
+        two_connections(offer(max_connections=2), command_timeout_s=0.6) as (
             session,
             first,
             second,

@@ -57,7 +57,7 @@ def content(task: Task) -> bytes:
 async def test_a_command_that_is_late_is_aborted_and_issued_anew() -> None:
     """ABORT TASK: immediate, RefCmdSN and tag of the command, over its connection."""
     async with (
-        played_session(command_timeout_s=0.2) as (session, peer, _),
+        played_session(command_timeout_s=0.6) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
         running = Running(nursery, session, unit_ready())
@@ -82,7 +82,7 @@ async def test_a_command_that_is_late_is_aborted_and_issued_anew() -> None:
 async def test_the_ladder_goes_on_to_a_reset_and_a_new_session() -> None:
     """ABORT TASK, LOGICAL UNIT RESET, reinstatement; no tag comes twice."""
     async with (
-        played_session(command_timeout_s=0.2) as (session, peer, target),
+        played_session(command_timeout_s=0.6) as (session, peer, target),
         trio.open_nursery() as nursery,
     ):
         running = Running(nursery, session, unit_ready())
@@ -104,7 +104,7 @@ async def test_the_ladder_goes_on_to_a_reset_and_a_new_session() -> None:
 @pytest.mark.checklist(46, "7.11")
 async def test_a_reset_restarts_all_commands_of_the_unit_and_no_others() -> None:
     async with (
-        played_session(command_timeout_s=0.3) as (session, peer, _),
+        played_session(command_timeout_s=0.6) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
         late = Task(LUN, cdb.test_unit_ready())
@@ -132,7 +132,7 @@ async def test_a_reset_restarts_all_commands_of_the_unit_and_no_others() -> None
 async def test_an_answer_on_its_way_beats_the_abort() -> None:
     """It was sent before the function's response, so it counts; the response then says so."""
     async with (
-        played_session(command_timeout_s=0.2) as (session, peer, _),
+        played_session(command_timeout_s=0.6) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
         running = Running(nursery, session, reads(4))
@@ -154,7 +154,7 @@ async def test_an_answer_on_its_way_beats_the_abort() -> None:
 async def test_what_comes_for_an_aborted_command_harms_nobody() -> None:
     """Data, status and R2T under the old tag are dropped; StatSN is counted all the same."""
     async with (
-        played_session(command_timeout_s=0.3) as (session, peer, _),
+        played_session(command_timeout_s=0.6) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
         running = Running(nursery, session, reads(4))
@@ -175,7 +175,7 @@ async def test_what_comes_for_an_aborted_command_harms_nobody() -> None:
 async def test_r2ts_are_answered_until_the_abort_is_confirmed() -> None:
     """Some targets wait for the data that they asked for before they answer the abort."""
     async with (
-        played_session(offer(initial_r2t=True), command_timeout_s=0.3) as (session, peer, _),
+        played_session(offer(initial_r2t=True), command_timeout_s=0.6) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
         data = memoryview(bytes(12000))
@@ -197,7 +197,7 @@ async def test_r2ts_are_answered_until_the_abort_is_confirmed() -> None:
 async def test_nothing_is_sent_twice_at_once() -> None:
     """While an abort has no answer, the command is not issued again."""
     async with (
-        played_session(command_timeout_s=0.2) as (session, peer, target),
+        played_session(command_timeout_s=0.6) as (session, peer, target),
         trio.open_nursery() as nursery,
     ):
         running = Running(nursery, session, unit_ready())
@@ -218,7 +218,7 @@ async def test_nothing_is_sent_twice_at_once() -> None:
 async def test_a_query_comes_first_where_rfc_7144_was_agreed_on() -> None:
     """A task that the target does not have any more needs no abort."""
     async with (
-        played_session(offer(iscsi_protocol_level=2), command_timeout_s=0.2) as (session, peer, _),
+        played_session(offer(iscsi_protocol_level=2), command_timeout_s=0.6) as (session, peer, _),
         trio.open_nursery() as nursery,
     ):
         assert session.parameters.iscsi_protocol_level == 2
@@ -314,7 +314,7 @@ async def test_too_many_immediate_commands_are_asked_again() -> None:
 async def test_a_response_after_the_end_of_its_request_is_dropped() -> None:
     """§4.2.3.3: nobody waits for it any more."""
     async with (
-        played_session(command_timeout_s=0.2) as (session, peer, target),
+        played_session(command_timeout_s=0.6) as (session, peer, target),
         trio.open_nursery() as nursery,
     ):
         running = Running(nursery, session, unit_ready())
