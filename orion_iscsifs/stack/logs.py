@@ -33,7 +33,8 @@ from orion_iscsifs.initiator.identity import keep
 from orion_iscsifs.initiator.keys import LunKeys, lun_stem
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.initiator.standing import Own, Seen, foreign_key
-from orion_iscsifs.localstore.store import LogError, LogStore, new_superblock
+from orion_iscsifs.localstore.files import LogError
+from orion_iscsifs.localstore.store import LogStore, new_superblock
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
 from orion_iscsifs.stack.exclusive import Exclusive, lun_name
 
