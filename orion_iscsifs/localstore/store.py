@@ -4,10 +4,8 @@ Theory of operation
 -------------------
 `append` is one `pwritev` into the page cache: what it wrote survives this process. `commit` is
 `fdatasync` in a thread, shared by all who wait ("group commit"): what was appended before survives
-the host. A segment is *prepared* in the background before it is needed: its new header is durable
-before the first record goes in. It is *free* again when all its epochs are on the target.
-
-Writers never get the last prepared segment, so the destager can always record its progress.
+the host. A segment is *prepared* in the background before it is needed (`slots`): its new header is
+durable before the first record goes in.
 
 An error of the disk ends the log: `failed` is set, nothing is appended or synced again (after a
 failed fdatasync nobody knows what is on the disk), and the owner has to do without. `retire` makes
@@ -20,7 +18,6 @@ to be run in a thread.
 import logging
 import os
 import secrets
-from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,27 +33,13 @@ from orion_iscsifs.localstore import files, record, segment, superblock
 from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.record import Flag, Header, Kind
 from orion_iscsifs.localstore.scan import Place, Scan, Source
+from orion_iscsifs.localstore.slots import Slot, Slots
 from orion_iscsifs.localstore.superblock import ForeignFormat, Superblock
 
 log = logging.getLogger(__name__)
 
 _PAGE_MASK: Final = 4095
 _PAD: Final = bytes(4096)
-_PREPARED_AHEAD: Final = 2
-
-
-class _Slot:
-    """One file of the ring."""
-
-    def __init__(self, index: int, descriptor: int) -> None:
-        self.index: Final = index
-        self.descriptor: Final = descriptor
-        self.number = -1
-        """Which use of the file this is; -1: none."""
-        self.last_epoch = 0
-        """The newest epoch with a change in it."""
-        self.fresh = False
-        """The file has never been written: its blocks are only reserved."""
 
 
 class LogStore:
@@ -67,8 +50,6 @@ class LogStore:
         self.superblock = block
         self.failed: OrionError | None = None
         self.on_failure: Callable[[], object] = lambda: None
-        self.room = trio.lowlevel.ParkingLot()
-        """Unparked when a segment has been prepared, or none ever will."""
         self.store_id = _store_id(block)
         self.next_seq = 0
         self.durable = 0
@@ -78,13 +59,14 @@ class LogStore:
         """The first record that is needed; None: nothing is."""
         self._lock = lock
         self._counter = counter
-        self._slots: list[_Slot] = []
-        self._current: _Slot | None = None
-        self._position = 0
-        self._prepared: deque[_Slot] = deque()
-        self._unsynced: set[_Slot] = set()
+        self._slots = Slots(block.segment_bytes)
+        self._unsynced: set[Slot] = set()
         self._commits = SharedFlush(self._sync)
-        self._work = trio.lowlevel.ParkingLot()
+
+    @property
+    def room(self) -> trio.lowlevel.ParkingLot:
+        """Unparked when a segment has been prepared, or none ever will."""
+        return self._slots.room
 
     # -- opening -----------------------------------------------------------------------------
 
@@ -97,9 +79,7 @@ class LogStore:
             try:
                 files.remove_files(folder)
                 store = cls(folder, lock, 0, block)
-                store._slots = [
-                    _create_slot(folder, index, block) for index in range(block.segments)
-                ]
+                store._slots.create(folder, block.segments)
                 store.write_superblock(block)
                 store.write_superblock(block)
             except BaseException:
@@ -123,10 +103,7 @@ class LogStore:
                     raise ForeignFormat("neither of its superblocks is sound")
                 store = cls(folder, lock, *found)
                 mode = os.O_RDONLY if shared else os.O_RDWR
-                store._slots = [
-                    _Slot(index, os.open(folder / segment.file_name(index), mode | os.O_CLOEXEC))
-                    for index in range(found[1].segments)
-                ]
+                store._slots.open(folder, found[1].segments, mode)
             except BaseException:
                 if lock >= 0:
                     os.close(lock)
@@ -158,7 +135,7 @@ class LogStore:
     def scan(self) -> Scan:
         """Of all segments; blocks while its records are iterated over."""
         sources = []
-        for slot in self._slots:
+        for slot in self._slots.all:
             page = os.pread(slot.descriptor, segment.START_BYTES, 0)
             header = segment.decode(self.superblock.store, page)
             if header is not None:
@@ -176,10 +153,10 @@ class LogStore:
 
     def _resume(self, scan: Scan) -> None:
         # The process before may have died before it had synced them.
-        files.fdatasync_all([slot.descriptor for slot in self._slots])
+        files.fdatasync_all([slot.descriptor for slot in self._slots.all])
         self.next_seq = self.durable = scan.next_seq
         self.destaged, self._oldest = scan.destaged, scan.needed
-        for slot in self._slots:
+        for slot in self._slots.all:
             slot.last_epoch = scan.slots.get(slot.index, 0)
             if slot.number >= 0 and slot.index not in scan.slots:
                 # Its records, if there are any, lie beyond the end. They must not come back.
@@ -207,12 +184,10 @@ class LogStore:
             raise self.failed
         stored = len(payload)
         size = record.record_bytes(stored)
-        slot = self._current
-        if slot is None or self._position + size > self.superblock.segment_bytes:
-            slot = self._next_segment(reserve=reserve)
-            if slot is None:
-                return None
-        position = self._position
+        slot = self._slots.with_room(size, reserve=reserve)
+        if slot is None:
+            return None
+        position = self._slots.position
         header = Header(
             kind, self.next_seq, self.durable, epoch, offset, length, stored,
             record.checksum(payload), flags,
@@ -227,7 +202,7 @@ class LogStore:
             raise self._fail("writing", error) from None
         if written != record.HEADER_BYTES + stored + padding:
             raise self._fail("writing", OSError(28, os.strerror(28)))
-        self._position = position + size
+        self._slots.position = position + size
         self.next_seq += 1
         self._unsynced.add(slot)
         self._commits.note_write()
@@ -236,15 +211,6 @@ class LogStore:
             if self._oldest is None:
                 self._oldest = header.seq
         return Place(slot.index, position + record.HEADER_BYTES)
-
-    def _next_segment(self, *, reserve: bool) -> _Slot | None:
-        if len(self._prepared) <= (0 if reserve else 1):
-            self._work.unpark()
-            return None
-        self._current = self._prepared.popleft()
-        self._position = segment.START_BYTES
-        self._work.unpark()
-        return self._current
 
     def note_destaged(self, epoch: int, oldest: int | None) -> None:
         """Every epoch up to this one is durable on the target: their segments are free.
@@ -259,7 +225,7 @@ class LogStore:
             self.append(Kind.DESTAGED, epoch, offset=needed, reserve=True)
         except LogError:
             return
-        self._work.unpark()
+        self._slots.look_again()
 
     async def commit(self) -> None:
         """Everything appended before this call is durable when it returns. Raises LogError."""
@@ -282,7 +248,7 @@ class LogStore:
 
     async def read(self, place: Place, checksum: int, length: int) -> bytes:
         """The payload of a record. Raises LogError if it can't be had, or is damaged."""
-        descriptor = self._slots[place.slot].descriptor
+        descriptor = self._slots.all[place.slot].descriptor
         try:
             payload = await trio.to_thread.run_sync(os.pread, descriptor, length, place.position)
         except OSError as error:
@@ -296,27 +262,22 @@ class LogStore:
     @property
     def used_bytes(self) -> int:
         """Of segments that hold something that the target does not have for certain."""
-        full = self.superblock.segment_bytes
-        current = 0 if self._current is None else self._position
-        return current + full * sum(self._is_needed(slot) for slot in self._slots)
+        return self._slots.used_bytes(self.destaged)
 
     @property
     def free_segments(self) -> int:
         """Prepared, or as good as."""
-        return len(self._slots) - sum(map(self._is_needed, self._slots)) - bool(self._current)
-
-    def _is_needed(self, slot: _Slot) -> bool:
-        return slot is not self._current and slot.last_epoch > self.destaged
+        return self._slots.free(self.destaged)
 
     async def keep_prepared(self) -> None:
         """The background: prepares segments that are free, in the order in which they were used."""
         while self.failed is None:
-            slot = self._to_prepare()
+            slot = self._slots.to_prepare(self.destaged)
             if slot is None:
-                await self._work.park()
+                await self._slots.wait_for_work()
                 continue
             header = segment.SegmentHeader(
-                1 + max(other.number for other in self._slots),
+                self._slots.next_number,
                 self.destaged,
                 self.next_seq if self._oldest is None else self._oldest,
                 self.durable,
@@ -329,20 +290,7 @@ class LogStore:
             except OSError as error:
                 self._fail("preparing a segment", error)
                 return
-            self._prepared.append(slot)
-            self.room.unpark_all()
-
-    def _to_prepare(self) -> _Slot | None:
-        if len(self._prepared) >= _PREPARED_AHEAD:
-            return None
-        free = [
-            slot
-            for slot in self._slots
-            if slot is not self._current
-            and slot not in self._prepared
-            and slot.last_epoch <= self.destaged
-        ]
-        return min(free, key=lambda slot: slot.number, default=None)
+            self._slots.add_prepared(slot)
 
     # -- ending ------------------------------------------------------------------------------
 
@@ -351,8 +299,7 @@ class LogStore:
         if self.failed is None:
             self.failed = LogError(f"log {self.folder}: {doing}: {error.strerror or error}")
             log.error("%s; going on without it, in write-through", self.failed)
-            self.room.unpark_all()
-            self._work.unpark_all()
+            self._slots.end()
             self.on_failure()
         return self.failed
 
@@ -395,9 +342,7 @@ class LogStore:
 
     def close(self) -> None:
         """Give the files back; what was appended stays."""
-        for slot in self._slots:
-            os.close(slot.descriptor)
-        self._slots = []
+        self._slots.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -426,11 +371,3 @@ def new_superblock(
 def _store_id(block: Superblock) -> int:
     """What each record repeats."""
     return int.from_bytes(block.store[-8:], "little")
-
-
-def _create_slot(folder: Path, index: int, block: Superblock) -> _Slot:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    slot = _Slot(index, os.open(folder / segment.file_name(index), flags, 0o600))
-    os.posix_fallocate(slot.descriptor, 0, block.segment_bytes)
-    slot.fresh = True
-    return slot
