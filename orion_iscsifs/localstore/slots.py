@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from orion_iscsifs.localstore import segment
+from orion_iscsifs.localstore.codec import Codec
 
 _PREPARED_AHEAD: Final = 2
 
@@ -27,6 +28,8 @@ class Slot:
         """Which use of the file this is; -1: none."""
         self.last_epoch = 0
         """The newest epoch with a change in it."""
+        self.codec: Codec | None = None
+        """Of this use; None: there is none."""
         self.fresh = False
         """The file has never been written: its blocks are only reserved."""
 

@@ -11,6 +11,12 @@ An error of the disk ends the log: `failed` is set, nothing is appended or synce
 failed fdatasync nobody knows what is on the disk), and the owner has to do without. `retire` makes
 sure that what is in it is never replayed.
 
+A log may be *sealed* (`seal`): what it stores is encrypted, and what it is given and gives back is
+not. `append` encrypts by itself, which is fast; it leaves compression to `pack`, which is not.
+
+Every opening for writing begins a new *life* of the store (`codec`), and that is durable before
+anything else is.
+
 Everything but `append` and the attributes blocks or waits. Opening and closing are plain functions,
 to be run in a thread.
 """
@@ -29,10 +35,27 @@ import trio
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.errors import OrionError
-from orion_iscsifs.localstore import files, record, segment, superblock
+from orion_iscsifs.localstore import codec, files, record, segment, superblock
 from orion_iscsifs.localstore.files import LogError
-from orion_iscsifs.localstore.record import Flag, Header, Kind
+from orion_iscsifs.localstore.packing import Packer
+from orion_iscsifs.localstore.record import (
+    BrokenRecord,
+    Flag,
+    Header,
+    Kind,
+    NoRecord,
+    UnknownRecord,
+)
 from orion_iscsifs.localstore.scan import Place, Scan, Source
+from orion_iscsifs.localstore.seal import (
+    LIFE_MAX,
+    OVERHEAD_BYTES,
+    BadSeal,
+    Seal,
+    WrongKey,
+    new_sealing,
+    unwrap,
+)
 from orion_iscsifs.localstore.slots import Slot, Slots
 from orion_iscsifs.localstore.superblock import ForeignFormat, Superblock
 
@@ -40,17 +63,20 @@ log = logging.getLogger(__name__)
 
 _PAGE_MASK: Final = 4095
 _PAD: Final = bytes(4096)
+_PACKED_IN_THREAD_BYTES: Final = 64 << 10
+"""To hand less to a thread takes longer than to compress it."""
 
 
 class LogStore:
     """See the module's docstring. Made by `create` or `open`; `close` it."""
 
-    def __init__(self, folder: Path, lock: int, counter: int, block: Superblock) -> None:
+    def __init__(
+        self, folder: Path, lock: int, counter: int, block: Superblock, key: Seal | None = None
+    ) -> None:
         self.folder: Final = folder
         self.superblock = block
         self.failed: OrionError | None = None
         self.on_failure: Callable[[], object] = lambda: None
-        self.store_id = _store_id(block)
         self.next_seq = 0
         self.durable = 0
         """Every record with a smaller sequence number is durable."""
@@ -59,6 +85,9 @@ class LogStore:
         """The first record that is needed; None: nothing is."""
         self._lock = lock
         self._counter = counter
+        self._key = key
+        """Of a sealed store; None: it is not sealed, or not unlocked."""
+        self._packer = Packer()
         self._slots = Slots(block.segment_bytes)
         self._unsynced: set[Slot] = set()
         self._commits = SharedFlush(self._sync)
@@ -71,14 +100,18 @@ class LogStore:
     # -- opening -----------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, folder: Path, block: Superblock) -> "LogStore":
-        """A new, empty log; its space is reserved. Raises LogError or BusyError."""
+    def create(cls, folder: Path, block: Superblock, passphrase: bytes | None = None) -> "LogStore":
+        """A new, empty log; its space is reserved. Raises LogError or BusyError.
+
+        With a passphrase it is sealed.
+        """
+        block, key = _begun(block, passphrase)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = files.lock(folder)
             try:
                 files.remove_files(folder)
-                store = cls(folder, lock, 0, block)
+                store = cls(folder, lock, 0, block, key)
                 store._slots.create(folder, block.segments)
                 store.write_superblock(block)
                 store.write_superblock(block)
@@ -120,29 +153,53 @@ class LogStore:
             ) from None
         return store
 
-    def restart(self, block: Superblock) -> None:
+    def unlock(self, passphrase: bytes | None) -> None:
+        """To come before `scan`, if the log is to be replayed. Blocks; raises LogError or WrongKey.
+
+        None: there is no key, so it must not be sealed.
+        """
+        sealing = self.superblock.sealing
+        if sealing is None:
+            return
+        if passphrase is None:
+            raise LogError(
+                f"log {self.folder}: is sealed, and there is no key",
+                advice="add cache_key_file=FILE; `orion-iscsifs cache drop` gives the log up",
+            )
+        try:
+            self._key = Seal(unwrap(sealing, passphrase, self.superblock.store))
+        except WrongKey as error:
+            raise WrongKey(
+                f"log {self.folder}: {error}",
+                advice="give cache_key_file= the key that it was sealed with;"
+                " `orion-iscsifs cache drop` gives the log up",
+            ) from None
+
+    def restart(self, block: Superblock, passphrase: bytes | None = None) -> None:
         """As after `create`, in the files that are there: nothing in them counts any more.
 
         Blocks; raises LogError.
         """
+        block, key = _begun(block, passphrase)
         try:
             self.write_superblock(block)
             self.write_superblock(block)
         except OSError as error:
             raise self._fail("writing the superblock", error) from None
-        self.store_id = _store_id(block)
+        self._key = key
 
     def scan(self) -> Scan:
         """Of all segments; blocks while its records are iterated over."""
-        sources = []
+        block, sources = self.superblock, []
         for slot in self._slots.all:
             page = os.pread(slot.descriptor, segment.START_BYTES, 0)
-            header = segment.decode(self.superblock.store, page)
+            header = segment.decode(block.store, page)
             if header is not None:
                 slot.number = header.number
-                size = min(os.fstat(slot.descriptor).st_size, self.superblock.segment_bytes)
-                sources.append(Source(slot.index, slot.descriptor, size, header))
-        return Scan(self.store_id, sources)
+                slot.codec = codec.known_use(header, block.store, self._key, block.lun)
+                size = min(os.fstat(slot.descriptor).st_size, block.segment_bytes)
+                sources.append(Source(slot.index, slot.descriptor, size, slot.codec))
+        return Scan(sources, is_locked=block.sealing is not None and self._key is None)
 
     def resume(self, scan: Scan) -> None:
         """Go on after what `scan` has found. Blocks; raises LogError."""
@@ -152,6 +209,7 @@ class LogStore:
             raise LogError(f"log {self.folder}: can't be gone on with: {error.strerror}") from None
 
     def _resume(self, scan: Scan) -> None:
+        self._begin_life()
         # The process before may have died before it had synced them.
         files.fdatasync_all([slot.descriptor for slot in self._slots.all])
         self.next_seq = self.durable = scan.next_seq
@@ -163,7 +221,27 @@ class LogStore:
                 os.pwrite(slot.descriptor, _PAD[: segment.START_BYTES], 0)
                 os.fdatasync(slot.descriptor)
 
+    def _begin_life(self) -> None:
+        assert self._key is not None or self.superblock.sealing is None
+        # A copy of the superblock that was lost may have known of more lives than the other one.
+        used = [slot.codec.header.life for slot in self._slots.all if slot.codec is not None]
+        life = 1 + max(self.superblock.life, *used, 0)
+        if life > LIFE_MAX:
+            raise LogError(
+                f"log {self.folder}: has been opened too often to be written to again",
+                advice="`orion-iscsifs cache drop` gives it up, with what is in it",
+            )
+        self.write_superblock(msgspec.structs.replace(self.superblock, life=life))
+
     # -- writing -----------------------------------------------------------------------------
+
+    async def pack(self, offset: int, payload: Buffer) -> bytes | None:
+        """Compressed, for `append`; None: it goes in as it is. What is long is done in a thread."""
+        if self._key is None or not self._packer.wants(offset, len(payload)):
+            return None
+        if len(payload) < _PACKED_IN_THREAD_BYTES:
+            return self._packer.pack(offset, payload)
+        return await trio.to_thread.run_sync(self._packer.pack, offset, payload)
 
     def append(
         self,
@@ -173,29 +251,35 @@ class LogStore:
         length: int = 0,
         payload: Buffer = b"",
         *,
+        packed: bytes | None = None,
         flags: Flag = Flag.NONE,
         reserve: bool = False,
     ) -> Place | None:
         """Write a record; where its payload is, or None: no room now (see `room`).
 
-        `reserve`: may use the last prepared segment. Raises LogError when the log has failed.
+        `packed`: what `pack` has made of the payload. `reserve`: may use the last prepared segment.
+        Raises LogError when the log has failed.
         """
         if self.failed is not None:
             raise self.failed
+        if packed is not None:
+            payload, flags = packed, flags | Flag.COMPRESSED
         stored = len(payload)
+        if self._key is not None:
+            stored, flags = stored + OVERHEAD_BYTES, flags | Flag.SEALED
         size = record.record_bytes(stored)
         slot = self._slots.with_room(size, reserve=reserve)
-        if slot is None:
+        if slot is None or slot.codec is None:
             return None
         position = self._slots.position
         header = Header(
-            kind, self.next_seq, self.durable, epoch, offset, length, stored,
-            record.checksum(payload), flags,
-        )  # fmt: skip
+            kind, self.next_seq, self.durable, epoch, offset, length, stored, flags=flags
+        )
+        head, content = slot.codec.encode(header, payload)
         # To the end of the page, so that the kernel never has to read what it holds.
         end = position + record.HEADER_BYTES + stored
         padding = min(-end & _PAGE_MASK, self.superblock.segment_bytes - end)
-        parts = (record.encode(self.store_id, header), payload, _PAD[:padding])
+        parts = (head, content, _PAD[:padding])
         try:
             written = os.pwritev(slot.descriptor, parts, position)
         except OSError as error:
@@ -247,15 +331,19 @@ class LogStore:
     # -- reading -----------------------------------------------------------------------------
 
     async def read(self, place: Place, checksum: int, length: int) -> bytes:
-        """The payload of a record. Raises LogError if it can't be had, or is damaged."""
-        descriptor = self._slots.all[place.slot].descriptor
+        """The `length` bytes that a record brings; `checksum` is that of what is stored.
+
+        Raises LogError if they can't be had, or are damaged.
+        """
+        slot = self._slots.all[place.slot]
         try:
-            payload = await trio.to_thread.run_sync(os.pread, descriptor, length, place.position)
+            return await trio.to_thread.run_sync(_content, slot, place, checksum, length)
         except OSError as error:
             raise LogError(f"log {self.folder}: reading: {error.strerror}") from None
-        if len(payload) != length or record.checksum(payload) != checksum:
-            raise LogError(f"log {self.folder}: a record has been damaged since it was written")
-        return payload
+        except (NoRecord, UnknownRecord, BadSeal):
+            raise LogError(
+                f"log {self.folder}: a record has been damaged since it was written"
+            ) from None
 
     # -- segments ----------------------------------------------------------------------------
 
@@ -281,8 +369,11 @@ class LogStore:
                 self.destaged,
                 self.next_seq if self._oldest is None else self._oldest,
                 self.durable,
+                self.superblock.life,
             )
-            page = segment.encode(self.superblock.store, header)
+            block = self.superblock
+            slot.codec = codec.new_use(header, block.store, self._key, block.lun)
+            page = segment.encode(block.store, slot.codec.header)
             zeroed = 0 if self.room or not slot.fresh else self.superblock.segment_bytes
             slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
             try:
@@ -306,7 +397,7 @@ class LogStore:
     def write_superblock(self, block: Superblock) -> None:
         """The next copy, durable. Blocks; raises OSError."""
         self._counter += 1
-        page = superblock.encode(self._counter, block)
+        page = superblock.encode(self._counter, block, incompat=block.incompat)
         files.write_superblock_page(self.folder, self._counter, page)
         self.superblock = block
 
@@ -368,6 +459,24 @@ def new_superblock(
     )
 
 
-def _store_id(block: Superblock) -> int:
-    """What each record repeats."""
-    return int.from_bytes(block.store[-8:], "little")
+def _begun(block: Superblock, passphrase: bytes | None) -> tuple[Superblock, Seal | None]:
+    """Of a new store, in its first life."""
+    if passphrase is None:
+        return msgspec.structs.replace(block, life=1, sealing=None), None
+    sealing, key = new_sealing(passphrase, block.store)
+    return msgspec.structs.replace(block, life=1, sealing=sealing), Seal(key)
+
+
+def _content(slot: Slot, place: Place, checksum: int, length: int) -> bytes:
+    """What a record brings; raises as `record.decode` and `Codec.decode` do, and OSError."""
+    if slot.codec is None:
+        raise NoRecord("the segment is not in use")
+    size = record.HEADER_BYTES + length + OVERHEAD_BYTES
+    found = os.pread(slot.descriptor, size, place.position - record.HEADER_BYTES)
+    header = record.decode(slot.codec.owner, found)
+    stored = memoryview(found)[record.HEADER_BYTES :][: header.stored]
+    if header.payload_checksum != checksum or record.checksum(stored) != checksum:
+        raise BrokenRecord(f"record {header.seq} is damaged")
+    if header.length != length:
+        raise NoRecord("another record")
+    return slot.codec.decode(header, stored)
