@@ -23,9 +23,7 @@ to be run in a thread.
 
 import logging
 import os
-import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +35,7 @@ from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.errors import OrionError
 from orion_iscsifs.localstore import codec, files, record, segment, superblock
 from orion_iscsifs.localstore.files import LogError
+from orion_iscsifs.localstore.fresh import begun
 from orion_iscsifs.localstore.packing import Packer
 from orion_iscsifs.localstore.record import (
     BrokenRecord,
@@ -53,7 +52,6 @@ from orion_iscsifs.localstore.seal import (
     BadSeal,
     Seal,
     WrongKey,
-    new_sealing,
     unwrap,
 )
 from orion_iscsifs.localstore.slots import Slot, Slots
@@ -105,7 +103,7 @@ class LogStore:
 
         With a passphrase it is sealed.
         """
-        block, key = _begun(block, passphrase)
+        block, key = begun(block, passphrase)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = files.lock(folder)
@@ -180,7 +178,7 @@ class LogStore:
 
         Blocks; raises LogError.
         """
-        block, key = _begun(block, passphrase)
+        block, key = begun(block, passphrase)
         try:
             self.write_superblock(block)
             self.write_superblock(block)
@@ -437,34 +435,6 @@ class LogStore:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def new_superblock(
-    lun: str, *, size_bytes: int, block_bytes: int, log_bytes: int, target: str = ""
-) -> Superblock:
-    """For a new log of `log_bytes`. Raises LogError if that is too little."""
-    size, count = segment.layout(log_bytes)
-    if count < segment.SEGMENTS_MIN:
-        least = segment.SEGMENTS_MIN * segment.SEGMENT_MIN_BYTES
-        raise LogError(f"log_size: {log_bytes} bytes are less than {least}")
-    return Superblock(
-        store=secrets.token_bytes(16),
-        lun=lun,
-        size_bytes=size_bytes,
-        block_bytes=block_bytes,
-        segment_bytes=size,
-        segments=count,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        target=target,
-    )
-
-
-def _begun(block: Superblock, passphrase: bytes | None) -> tuple[Superblock, Seal | None]:
-    """Of a new store, in its first life."""
-    if passphrase is None:
-        return msgspec.structs.replace(block, life=1, sealing=None), None
-    sealing, key = new_sealing(passphrase, block.store)
-    return msgspec.structs.replace(block, life=1, sealing=sealing), Seal(key)
 
 
 def _content(slot: Slot, place: Place, checksum: int, length: int) -> bytes:
