@@ -57,9 +57,16 @@ class Source:
 class Scan:
     """One reading. Iterate over `records` to the end, then look at the other attributes."""
 
-    def __init__(self, sources: list[Source], *, is_locked: bool = False) -> None:
-        """`is_locked`: it is sealed, and there is no key to look whether all is as it was."""
+    def __init__(self, sources: list[Source], *, is_locked: bool = False, damage: str = "") -> None:
+        """`is_locked`: it is sealed, and there is no key to look whether all is as it was.
+
+        `damage`: of segments that are not among the sources.
+        """
+        self.damage = damage
+        """What is wrong, in words; empty when nothing is."""
         self._is_locked = is_locked
+        if not is_locked:
+            sources = [source for source in sources if self._has_true_header(source)]
         self._sources = sorted(sources, key=lambda source: source.header.number)
         self.durable = max((source.header.durable for source in sources), default=0)
         """Everything below was durable."""
@@ -69,10 +76,6 @@ class Scan:
         self.next_seq = self.needed
         """Of the record after the last one."""
         self.last_epoch = self.destaged
-        self.damage = ""
-        """What is wrong, in words; empty when nothing is."""
-        if not is_locked:
-            self._check_headers()
         self.torn_bytes = 0
         """Bytes of segments beyond the end in which there are records that can't be used."""
         self.slots: dict[int, int] = {}
@@ -98,13 +101,13 @@ class Scan:
                 yield found
         self._judge_the_rest(end)
 
-    def _check_headers(self) -> None:
-        for source in self._sources:
-            try:
-                source.codec.check_header()
-            except BadSeal:
-                name = segment.file_name(source.slot)
-                self.damage = f"the header of {name} is not what was sealed"
+    def _has_true_header(self, source: Source) -> bool:
+        try:
+            source.codec.check_header()
+        except BadSeal:
+            self.damage = f"the header of {segment.file_name(source.slot)} is not what was sealed"
+            return False
+        return True
 
     def _is_sound(self, source: Source, header: Header, stored: memoryview) -> bool:
         """Whether it is what was sealed. Its checksums are right, so no accident explains it."""
@@ -112,7 +115,7 @@ class Scan:
             if not self._is_locked:
                 source.codec.opened(header, stored)
         except BadSeal as error:
-            self.damage = str(error)
+            self.damage = self.damage or str(error)
             return False
         return True
 
@@ -151,11 +154,12 @@ class Scan:
             window = _Window(source)
             position = start if index == 0 else segment.START_BYTES
             while (position := window.find(position)) >= 0:
-                header = None
+                header, step = None, record.ALIGN_BYTES
                 try:
                     header, _ = window.record(source.codec.owner, position)
+                    step = header.size_bytes
                 except BrokenRecord as error:
-                    header = error.header
+                    header = error.header  # what it says of its size may be wrong
                     if (index, position) == (0, start):
                         self.torn_bytes += record.ALIGN_BYTES
                 except NoRecord:
@@ -163,7 +167,7 @@ class Scan:
                 if header is not None and header.seq >= self.next_seq:
                     self.durable = max(self.durable, header.durable)
                     self.torn_bytes += header.size_bytes
-                position += record.ALIGN_BYTES if header is None else header.size_bytes
+                position += step
         if self.durable > self.next_seq and not self.damage:
             lost = self.durable - self.next_seq
             self.damage = f"{lost} records from number {self.next_seq} on are damaged or missing"

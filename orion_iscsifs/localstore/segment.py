@@ -75,17 +75,34 @@ def encode(store: bytes, header: SegmentHeader) -> bytes:
 def decode(store: bytes, page: Buffer) -> SegmentHeader | None:
     """None: the file is not in use by this store."""
     view = memoryview(page)
-    if len(view) < _HEADER.size + _SEAL.size + _CHECKSUM.size:
+    if not _is_sound(view):
         return None
-    magic, version, life, owner, *uses = _HEADER.unpack_from(view)
+    _, version, life, owner, *uses = _HEADER.unpack_from(view)
     number, destaged, needed, durable = uses
-    if (magic, owner) != (MAGIC, store) or not FIRST_VERSION <= version <= VERSION:
-        return None
-    size = _HEADER.size if version == FIRST_VERSION else _HEADER.size + _SEAL.size
-    (found,) = _CHECKSUM.unpack_from(view, size)
-    if found != crc32c.crc32c(view[:size]):
+    if owner != store:
         return None
     if version == FIRST_VERSION:
         return SegmentHeader(number, destaged, needed, durable)
     salt, tag = _SEAL.unpack_from(view, _HEADER.size)
     return SegmentHeader(number, destaged, needed, durable, life, salt, tag)
+
+
+def is_damaged(page: Buffer) -> bool:
+    """Whether it is neither a header, whoever's, nor blank: there was one, and it can't be read.
+
+    A header lies within one sector, so that a loss of power leaves the old one or the new one.
+    """
+    view = memoryview(page)
+    return len(view) < START_BYTES or (any(view) and not _is_sound(view))
+
+
+def _is_sound(view: memoryview) -> bool:
+    if len(view) < START_BYTES:
+        return False
+    magic, version, *_ = _HEADER.unpack_from(view)
+    if magic != MAGIC or not FIRST_VERSION <= version <= VERSION:
+        return False
+    size = _HEADER.size if version == FIRST_VERSION else _HEADER.size + _SEAL.size
+    (found,) = _CHECKSUM.unpack_from(view, size)
+    sound: bool = found == crc32c.crc32c(view[:size])
+    return sound

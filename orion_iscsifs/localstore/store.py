@@ -188,16 +188,19 @@ class LogStore:
 
     def scan(self) -> Scan:
         """Of all segments; blocks while its records are iterated over."""
-        block, sources = self.superblock, []
+        block, sources, damage = self.superblock, [], ""
         for slot in self._slots.all:
             page = os.pread(slot.descriptor, segment.START_BYTES, 0)
             header = segment.decode(block.store, page)
+            if segment.is_damaged(page):
+                damage = f"the header of {segment.file_name(slot.index)} is damaged"
             if header is not None:
                 slot.number = header.number
                 slot.codec = codec.known_use(header, block.store, self._key, block.lun)
                 size = min(os.fstat(slot.descriptor).st_size, block.segment_bytes)
                 sources.append(Source(slot.index, slot.descriptor, size, slot.codec))
-        return Scan(sources, is_locked=block.sealing is not None and self._key is None)
+        is_locked = block.sealing is not None and self._key is None
+        return Scan(sources, is_locked=is_locked, damage=damage)
 
     def resume(self, scan: Scan) -> None:
         """Go on after what `scan` has found. Blocks; raises LogError."""
@@ -214,10 +217,18 @@ class LogStore:
         self.destaged, self._oldest = scan.destaged, scan.needed
         for slot in self._slots.all:
             slot.last_epoch = scan.slots.get(slot.index, 0)
-            if slot.number >= 0 and slot.index not in scan.slots:
-                # Its records, if there are any, lie beyond the end. They must not come back.
-                os.pwrite(slot.descriptor, _PAD[: segment.START_BYTES], 0)
-                os.fdatasync(slot.descriptor)
+        unused = [
+            slot for slot in self._slots.all if slot.number >= 0 and slot.index not in scan.slots
+        ]
+        # Their records, if there are any, are not needed or lie beyond the end: they must not come
+        # back. But first of all, one says what is not needed: that may be known from these alone.
+        for slot in unused[:1]:
+            files.prepare(slot.descriptor, self._begin_use(slot), 0)
+            self._slots.add_prepared(slot)
+        for slot in unused[1:]:
+            os.pwrite(slot.descriptor, _PAD[: segment.START_BYTES], 0)
+            os.fdatasync(slot.descriptor)
+            slot.codec = None
 
     def _begin_life(self) -> None:
         assert self._key is not None or self.superblock.sealing is None
@@ -362,24 +373,28 @@ class LogStore:
             if slot is None:
                 await self._slots.wait_for_work()
                 continue
-            header = segment.SegmentHeader(
-                self._slots.next_number,
-                self.destaged,
-                self.next_seq if self._oldest is None else self._oldest,
-                self.durable,
-                self.superblock.life,
-            )
-            block = self.superblock
-            slot.codec = codec.new_use(header, block.store, self._key, block.lun)
-            page = segment.encode(block.store, slot.codec.header)
             zeroed = 0 if self.room or not slot.fresh else self.superblock.segment_bytes
-            slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
+            page = self._begin_use(slot)
             try:
                 await trio.to_thread.run_sync(files.prepare, slot.descriptor, page, zeroed)
             except OSError as error:
                 self._fail("preparing a segment", error)
                 return
             self._slots.add_prepared(slot)
+
+    def _begin_use(self, slot: Slot) -> bytes:
+        """The first page of a segment that is to be used anew."""
+        block = self.superblock
+        header = segment.SegmentHeader(
+            self._slots.next_number,
+            self.destaged,
+            self.next_seq if self._oldest is None else self._oldest,
+            self.durable,
+            block.life,
+        )
+        slot.codec = codec.new_use(header, block.store, self._key, block.lun)
+        slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
+        return segment.encode(block.store, slot.codec.header)
 
     # -- ending ------------------------------------------------------------------------------
 
