@@ -85,11 +85,44 @@ class Evidence:
         return ""
 
 
+async def look(disk: LunDevice, config: CacheConfig) -> LogStore | None:
+    """The log that is there, closed, for `open_log`. Raises LogError or WrongKey.
+
+    To be called before a reservation is made: a mount that is refused for its key must not leave a
+    trace at the target that makes the next one doubt who has written.
+    """
+    assert config.log_dir is not None
+    folder = log_folder(config.log_dir, disk.info.name)
+    return await trio.to_thread.run_sync(_look, folder, config)
+
+
+def _look(folder: Path, config: CacheConfig) -> LogStore | None:
+    if not any((folder / name).exists() for name in NAMES):
+        return None
+    store = LogStore.open(folder, shared=True)
+    try:
+        store.unlock(config.passphrase)
+    finally:
+        store.close()
+    block = store.superblock
+    if config.key is not None and block.sealing is None and not (block.clean or block.ended):
+        raise LogError(
+            f"log {folder}: may hold data that the target lacks, and is not sealed",
+            advice="run `orion-iscsifs cache replay` once without cache_key_file=;"
+            " the next mount makes the log anew, sealed",
+        )
+    return store
+
+
 @asynccontextmanager
 async def open_log(
-    device: BlockDevice, disk: LunDevice, exclusive: Exclusive | None, config: CacheConfig
+    device: BlockDevice,
+    disk: LunDevice,
+    exclusive: Exclusive | None,
+    config: CacheConfig,
+    known: LogStore | None,
 ) -> AsyncIterator[WriteLog]:
-    """The device with its log in front, for the time of the body.
+    """The device with its log in front, for the time of the body. `known`: what `look` has found.
 
     Raises LogError, WrongKey or BusyError when there is a log that must not be used.
     """
@@ -102,8 +135,9 @@ async def open_log(
         )
     folder = log_folder(config.log_dir, lun)
     owner = state_dir() / "logs" / lun_stem(lun_name(disk))
+    evidence, now = _evidence(owner, disk, exclusive), trio.current_time()
     store, epochs = await trio.to_thread.run_sync(
-        _open, folder, disk, config, _evidence(owner, disk, exclusive), trio.current_time()
+        lambda: _open(folder, disk, config, known, evidence, now)
     )
     try:
         keep(owner, store.superblock.store.hex() + "\n")
@@ -198,7 +232,12 @@ def _evidence(owner: Path, disk: LunDevice, exclusive: Exclusive | None) -> Evid
 
 
 def _open(
-    folder: Path, disk: LunDevice, config: CacheConfig, evidence: Evidence, now: float
+    folder: Path,
+    disk: LunDevice,
+    config: CacheConfig,
+    known: LogStore | None,
+    evidence: Evidence,
+    now: float,
 ) -> tuple[LogStore, Epochs]:
     """Blocks. Raises LogError, WrongKey or BusyError."""
     geometry = disk.geometry
@@ -213,7 +252,7 @@ def _open(
         return LogStore.create(folder, wanted, config.passphrase), Epochs()
     store = LogStore.open(folder)
     try:
-        store.unlock(config.passphrase)
+        store.unlock(config.passphrase, known)
         epochs = _take_over(store, disk, config, evidence, now)
     except BaseException:
         store.close()
@@ -228,16 +267,6 @@ def _open(
         return store, Epochs()
     store.close()
     return LogStore.create(folder, wanted, config.passphrase), Epochs()
-
-
-def _check_sealed(store: LogStore, config: CacheConfig) -> None:
-    """Raises LogError if what is written now would go to the disk in plain text."""
-    if config.key is not None and store.superblock.sealing is None:
-        raise LogError(
-            f"log {store.folder}: holds data that the target lacks, and is not sealed",
-            advice="run `orion-iscsifs cache replay` once without cache_key_file=;"
-            " the next mount makes the log anew, sealed",
-        )
 
 
 def _layout(block: Superblock) -> tuple[int, int]:
@@ -279,7 +308,6 @@ def _take_over(
         )
     if evidence is not None and evidence.seen and evidence.seen.generation < block.generation:
         log.warning("%s: the target was restarted since: it can't tell who wrote", folder)
-    _check_sealed(store, config)
     store.resume(scan)
     return epochs
 
