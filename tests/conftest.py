@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from orion_iscsifs.localstore import seal
+
 SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -65,12 +67,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _places_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """State and control sockets: the host's belong to its mounts, and to other runs of the tests."""
+    """State and sockets: the host's belong to its mounts, and to other runs of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("places")
         patch.setenv("ORION_ISCSIFS_STATE", str(folder / "state"))
         patch.setenv("ORION_ISCSIFS_RUNTIME", str(folder / "run"))
         yield
+
+
+@pytest.fixture
+def cheap_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passphrases that take no time: scrypt is slow on purpose."""
+    monkeypatch.setattr(seal, "COST", seal.Cost(16, 1, 1))
 
 
 @pytest.fixture

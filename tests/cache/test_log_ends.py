@@ -12,9 +12,10 @@ from orion_iscsifs.block.device import Buffer, Geometry
 from orion_iscsifs.cache import logdestage
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.errors import DeviceError, ReplacementTimedOut
-from orion_iscsifs.localstore import store as store_module
+from orion_iscsifs.localstore import files
+from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.head import Head
-from orion_iscsifs.localstore.store import LogError, LogStore
+from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
 from tests.cache.logs import KIB, MIB, Size, logged, superblock
@@ -47,7 +48,7 @@ async def test_a_flush_that_was_cancelled_is_made_up_for(
     _, device = faulty()
     device.hold("write")
     synced: list[int] = []
-    sync = store_module._fdatasync_all
+    sync = files.fdatasync_all
 
     def counted(descriptors: list[int]) -> None:
         synced.extend(descriptors)
@@ -55,7 +56,7 @@ async def test_a_flush_that_was_cancelled_is_made_up_for(
 
     async with logged(tmp_path / "log", device, size=TINY, dirty_age_s=600) as write_log:
         await write_log.write(0, b"1" * 4096)
-        monkeypatch.setattr(store_module, "_fdatasync_all", counted)
+        monkeypatch.setattr(files, "fdatasync_all", counted)
         with trio.CancelScope() as scope:
             scope.cancel()
             await write_log.flush()
@@ -73,7 +74,7 @@ async def test_a_flush_without_the_log_leaves_nothing_that_could_be_replayed(
     memory, device = faulty()
     async with logged(tmp_path / "log", device, size=TINY, dirty_age_s=600) as write_log:
         await write_log.write(0, b"1" * 4096)
-        monkeypatch.setattr(store_module, "_fdatasync_all", no_space)
+        monkeypatch.setattr(files, "fdatasync_all", no_space)
         update = Head.update
 
         def slow(head: Head, changes: dict[str, object]) -> None:
@@ -94,7 +95,7 @@ async def test_a_log_that_fails_in_the_last_flush_is_not_replayed_at_the_next_mo
     async with logged(tmp_path / "log", device, size=TINY, dirty_age_s=600) as write_log:
         await write_log.write(0, b"1" * 4096)
         await write_log.drain()
-        monkeypatch.setattr(store_module, "_fdatasync_all", no_space)
+        monkeypatch.setattr(files, "fdatasync_all", no_space)
         with pytest.raises(LogError):
             await write_log.store.commit()
     assert ended(tmp_path / "log")
@@ -193,7 +194,8 @@ async def _fill(write_log: WriteLog) -> int:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write)
-        while store._prepared or store._to_prepare() is not None:
+        slots = store._slots
+        while slots._prepared or slots.to_prepare(store.destaged) is not None:
             await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     return taken
