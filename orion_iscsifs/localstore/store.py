@@ -293,8 +293,9 @@ class LogStore:
             stored, flags = stored + OVERHEAD_BYTES, flags | Flag.SEALED
         size = record.record_bytes(stored)
         slot = self._slots.with_room(size, reserve=reserve)
-        if slot is None or slot.codec is None:
+        if slot is None:
             return None
+        assert slot.codec is not None  # it is prepared
         position = self._slots.position
         header = Header(
             kind, self.next_seq, self.durable, epoch, offset, length, stored, flags=flags

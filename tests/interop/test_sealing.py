@@ -13,7 +13,13 @@ from orion_iscsifs.testing.programs import wait_until
 from tests.interop.conftest import TgtDisk
 from tests.interop.product import Outcome, Product, abandon, alive
 from tests.interop.test_secrets import process_words
-from tests.interop.workers import supervisor_of
+from tests.interop.workers import (
+    can_take_over,
+    kill_worker,
+    supervisor_of,
+    takeovers,
+    watchdog,
+)
 
 pytestmark = [pytest.mark.fuse, pytest.mark.interop("tgtd", "tgtadm")]
 
@@ -141,6 +147,23 @@ def test_a_sealed_log_from_its_first_mount_to_its_last(
     check_target(tgt_disk, pieces)
     assert not found_on_disk(MARKER, logs, product.home / "state")
     assert "removed" in product("cache", "drop", logs).said
+
+
+@can_take_over
+def test_a_new_worker_has_the_key(product: Product, tgt_disk: TgtDisk, tmp_path: Path) -> None:
+    """Although its file is gone by then: it may be on something that was taken away."""
+    key, pieces = product.secret_file(KEY), contents()
+    with watchdog(product), product.mounted(tgt_disk.url, *options(tmp_path, key)) as mountpoint:
+        key.unlink()
+        with written(mountpoint, pieces):
+            kill_worker(supervisor_of(product, mountpoint))
+        with (mountpoint / "lun1").open("rb") as file:
+            for offset, content in pieces.items():
+                file.seek(offset)
+                assert file.read(len(content)) == content
+        assert takeovers(product, mountpoint) == 1
+    check_target(tgt_disk, pieces)
+    assert not found_on_disk(MARKER, tmp_path / "log", product.home / "state")
 
 
 def rekey(product: Product, logs: Path, old: Path, new: Path, *more: str, code: int = 0) -> Outcome:
