@@ -13,10 +13,8 @@ A target that was restarted has forgotten both: that is no sign, and is said.
 """
 
 import logging
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -27,15 +25,12 @@ from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.cache.epochs import Epochs
 from orion_iscsifs.cache.writelog import WriteLog, open_write_log, recover
 from orion_iscsifs.config import CacheConfig, Destage
-from orion_iscsifs.config.places import create_private, state_dir
 from orion_iscsifs.custody import custody
-from orion_iscsifs.initiator.identity import keep
-from orion_iscsifs.initiator.keys import LunKeys, lun_stem
 from orion_iscsifs.initiator.lun import LunDevice
-from orion_iscsifs.initiator.standing import Own, Seen, foreign_key
 from orion_iscsifs.localstore.store import LogError, LogStore, new_superblock
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
-from orion_iscsifs.stack.exclusive import Exclusive, lun_name
+from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_folder
+from orion_iscsifs.stack.exclusive import Exclusive
 
 log = logging.getLogger(__name__)
 
@@ -45,42 +40,10 @@ _FORCE: Final = (
 )
 
 
-def log_folder(log_dir: str, lun: str) -> Path:
-    """Where the log of a LUN is; `lun` is its designator."""
-    safe = re.sub(r"[^A-Za-z0-9.-]", "_", lun)[:64]
-    return Path(log_dir) / f"{safe}-{lun_stem(lun)[:8]}"
-
-
 def memory(config: CacheConfig) -> tuple[int, int]:
     """`cache_size` parted: bytes for frames, bytes for what is not on the target yet."""
     ring = max(min(config.dirty_max_bytes, config.size_bytes - _FRAMES_MIN_BYTES), 64 << 10)
     return config.size_bytes - ring, ring
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is known about who wrote to the LUN."""
-
-    owner: str
-    """The log that the last mount of this host had; empty: none."""
-    seen: Seen | None
-    """Of the reservation, before this mount changed it; None: there is none."""
-    own: Own
-
-    def objection(self, block: Superblock) -> str:
-        """Why the log must not be replayed; empty: it may."""
-        if self.owner != block.store.hex():
-            return "the LUN has been mounted on this host since, without this log"
-        if self.seen is None or block.generation < 0:
-            return ""
-        foreign = foreign_key(self.seen, self.own)
-        if foreign is not None:
-            return f"another initiator (key {foreign:#018x}) is registered for the LUN"
-        holder = self.seen.holder
-        held = holder is not None and self.own.keys.is_ours(holder.key)
-        if self.seen.generation > block.generation and not held:
-            return "another initiator may have written to the LUN since"
-        return ""
 
 
 @asynccontextmanager
@@ -98,14 +61,15 @@ async def open_log(
             f"LUN {disk.number}: the device has no name (VPD page 83h) to bind a log to",
             advice="mount it without cache=log",
         )
-    folder = log_folder(config.log_dir, lun)
-    owner = state_dir() / "logs" / lun_stem(lun_name(disk))
+    folder = lun_folder(config.log_dir, lun)
+    owner = Owner("logs", disk)
+    known = evidence(owner, disk, None if exclusive is None else exclusive.first.found)
     store, epochs = await trio.to_thread.run_sync(
-        _open, folder, disk, config, _evidence(owner, disk, exclusive), trio.current_time()
+        _open, folder, disk, config, known, trio.current_time()
     )
     try:
-        keep(owner, store.superblock.store.hex() + "\n")
-        keeper = _Keeper(store, exclusive)
+        owner.note(store.superblock.store)
+        keeper = Keeper(store, exclusive)
         await keeper.write(clean=False, size_bytes=device.geometry.size_bytes)
         if epochs.queue:
             left = epochs.live.covered_bytes
@@ -119,8 +83,6 @@ async def open_log(
             ordered=config.destage is Destage.ORDERED,
         ) as write_log:
             store.on_failure = lambda: _failed(write_log)
-            if exclusive is not None:
-                exclusive.on_generation(keeper.news)
             async with background(keeper.run):
                 yield write_log
         if store.failed is None:
@@ -137,15 +99,13 @@ def _failed(write_log: WriteLog) -> None:
 
 def forget_log(disk: LunDevice) -> None:
     """A mount that writes without a log: what may be in one is out of date from now on."""
-    owner = state_dir() / "logs" / lun_stem(lun_name(disk))
-    if owner.exists():
-        keep(owner, "\n")
+    Owner("logs", disk).forget()
 
 
 def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
     """For a mount that only reads: raises LogError when a log holds what the target lacks."""
     assert config.log_dir is not None
-    folder = log_folder(config.log_dir, disk.info.name)
+    folder = lun_folder(config.log_dir, disk.info.name)
     if (folder / NAMES[0]).exists():
         store = LogStore.open(folder, shared=True)
         store.close()
@@ -156,47 +116,8 @@ def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
             )
 
 
-class _Keeper:
-    """Keeps the superblock up to date."""
-
-    def __init__(self, store: LogStore, exclusive: Exclusive | None) -> None:
-        self._store = store
-        self._exclusive = exclusive
-        self._news = trio.Event()
-
-    def news(self) -> None:
-        """Registrations have changed, by us."""
-        self._news.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news = trio.Event()
-            if self._store.failed is None:
-                await self.write()
-
-    async def write(self, **changes: int) -> None:
-        """Some fields, and who may write to the LUN."""
-        exclusive = self._exclusive
-        if exclusive is not None and exclusive.generation >= 0:
-            changes |= {"generation": exclusive.generation, "key": exclusive.first.key}
-        else:
-            changes |= {"generation": -1, "key": 0}
-        await trio.to_thread.run_sync(lambda: self._store.update(**changes))
-
-
-def _evidence(owner: Path, disk: LunDevice, exclusive: Exclusive | None) -> Evidence:
-    try:
-        known = owner.read_text().strip()
-    except OSError:
-        known = ""
-    keys = LunKeys.load(create_private(state_dir()), lun_name(disk))
-    key = keys.of(disk.session.nexus.isid)
-    return Evidence(known, None if exclusive is None else exclusive.first.found, Own(keys, key))
-
-
 def _open(
-    folder: Path, disk: LunDevice, config: CacheConfig, evidence: Evidence, now: float
+    folder: Path, disk: LunDevice, config: CacheConfig, known: Evidence, now: float
 ) -> tuple[LogStore, Epochs]:
     """Blocks. Raises LogError or BusyError."""
     geometry = disk.geometry
@@ -212,7 +133,7 @@ def _open(
     store = LogStore.open(folder)
     try:
         force = config.log_force
-        epochs = _take_over(store, geometry, wanted, None if force else evidence, now)
+        epochs = _take_over(store, geometry, wanted, None if force else known, now)
     except BaseException:
         store.close()
         raise
@@ -230,11 +151,11 @@ def _layout(block: Superblock) -> tuple[int, int]:
 
 
 def _take_over(
-    store: LogStore, geometry: Geometry, wanted: Superblock, evidence: Evidence | None, now: float
+    store: LogStore, geometry: Geometry, wanted: Superblock, known: Evidence | None, now: float
 ) -> Epochs | None:
     """What is in the log; None: nothing that is needed, a new log may take its place.
 
-    Without `evidence` it is replayed as far as it can be read, whatever speaks against it.
+    Without `known` it is replayed as far as it can be read, whatever speaks against it.
     """
     block, folder = store.superblock, store.folder
     if block.ended:
@@ -243,7 +164,7 @@ def _take_over(
     if block.clean:
         return None
     epochs, scan = recover(store, now)
-    if scan.damage and evidence is not None:
+    if scan.damage and known is not None:
         raise LogError(
             f"log {folder}: {scan.damage}",
             advice="`orion-iscsifs cache check` tells more, `cache replay --force` writes what can"
@@ -253,7 +174,7 @@ def _take_over(
         return None
     if scan.damage:
         log.warning("log %s: %s: replayed up to there", folder, scan.damage)
-    if evidence is not None and (why := evidence.objection(block)):
+    if known is not None and (why := known.objection(block.store, block.generation)):
         raise LogError(f"log {folder}: holds data that the target lacks, but {why}", advice=_FORCE)
     if scan.torn_bytes:
         log.warning(
@@ -261,7 +182,7 @@ def _take_over(
             " nothing that was synced is missing",
             folder,
         )
-    if evidence is not None and evidence.seen and evidence.seen.generation < block.generation:
+    if known is not None and known.seen and known.seen.generation < block.generation:
         log.warning("%s: the target was restarted since: it can't tell who wrote", folder)
     store.resume(scan)
     return epochs

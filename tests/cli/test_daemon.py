@@ -85,6 +85,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
         def unmounting(self) -> None:
             """Nobody waits for it."""
 
+        def give_back(self) -> None:
+            """There is no reservation."""
+
         async def end_earlier(self) -> list[str]:
             return []
 
