@@ -33,8 +33,9 @@ from orion_iscsifs.cache.ring import Ring
 from orion_iscsifs.cache.staging import STAGING_BYTES, StagingBuffers
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.errors import DeviceError, OrionError
+from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.record import Flag, Kind
-from orion_iscsifs.localstore.store import LogError, LogStore
+from orion_iscsifs.localstore.store import LogStore
 
 log = logging.getLogger(__name__)
 

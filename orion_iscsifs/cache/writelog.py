@@ -41,9 +41,10 @@ from orion_iscsifs.cache.logdestage import LogDestager
 from orion_iscsifs.cache.ring import Ring
 from orion_iscsifs.cache.statistics import CacheStatistics
 from orion_iscsifs.errors import DeviceError, OrionError, WriteProtected
+from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.record import PAYLOAD_MAX_BYTES, Flag, Kind, UnknownRecord
 from orion_iscsifs.localstore.scan import Scan
-from orion_iscsifs.localstore.store import LogError, LogStore
+from orion_iscsifs.localstore.store import LogStore
 
 log = logging.getLogger(__name__)
 

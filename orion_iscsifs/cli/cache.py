@@ -123,8 +123,8 @@ def _replay(source: url.Source, config: "MountConfig") -> list[dict[str, Any]]:
 @click.option("--force", is_flag=True, help="although it holds data that the target lacks")
 def drop(folder: str, force: bool) -> None:
     """Remove the logs in DIR."""
-    from orion_iscsifs.localstore.store import LogError
-    from orion_iscsifs.localstore.store import drop as remove
+    from orion_iscsifs.localstore.files import LogError
+    from orion_iscsifs.localstore.files import drop as remove
 
     logs = [_examine(path) for path in _folders(folder)]
     for log in logs:
@@ -161,7 +161,8 @@ def _folders(folder: str) -> list[Path]:
 def _examine(folder: Path) -> dict[str, Any]:
     """What is in one log. It is not changed; that of a running mount changes meanwhile."""
     from orion_iscsifs.cache.writelog import recover
-    from orion_iscsifs.localstore.store import LogStore, is_in_use
+    from orion_iscsifs.localstore.files import is_in_use
+    from orion_iscsifs.localstore.store import LogStore
 
     told: dict[str, Any] = {"folder": str(folder), "lun": None, "target": None, "size_bytes": 0}
     told |= {"state": "damaged", "pending_bytes": None, "records": None, "damage": None}

@@ -17,7 +17,6 @@ Everything but `append` and the attributes blocks or waits. Opening and closing 
 to be run in a thread.
 """
 
-import fcntl
 import logging
 import os
 import secrets
@@ -32,8 +31,9 @@ import trio
 
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.flushing import SharedFlush
-from orion_iscsifs.errors import BusyError, OrionError
-from orion_iscsifs.localstore import record, segment, superblock
+from orion_iscsifs.errors import OrionError
+from orion_iscsifs.localstore import files, record, segment, superblock
+from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.record import Flag, Header, Kind
 from orion_iscsifs.localstore.scan import Place, Scan, Source
 from orion_iscsifs.localstore.superblock import ForeignFormat, Superblock
@@ -41,13 +41,8 @@ from orion_iscsifs.localstore.superblock import ForeignFormat, Superblock
 log = logging.getLogger(__name__)
 
 _PAGE_MASK: Final = 4095
-_ZEROES: Final = bytes(1 << 20)
 _PAD: Final = bytes(4096)
 _PREPARED_AHEAD: Final = 2
-
-
-class LogError(OrionError):
-    """The log can't be used, or not any more. The message names it and says why."""
 
 
 class _Slot:
@@ -98,9 +93,9 @@ class LogStore:
         """A new, empty log; its space is reserved. Raises LogError or BusyError."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = _lock(folder)
+            lock = files.lock(folder)
             try:
-                _remove_files(folder)
+                files.remove_files(folder)
                 store = cls(folder, lock, 0, block)
                 store._slots = [
                     _create_slot(folder, index, block) for index in range(block.segments)
@@ -121,9 +116,9 @@ class LogStore:
     def open(cls, folder: Path, *, shared: bool = False) -> "LogStore":
         """An existing log. Raises LogError, ForeignFormat, or BusyError. `shared`: only to look."""
         try:
-            lock = -1 if shared else _lock(folder)
+            lock = -1 if shared else files.lock(folder)
             try:
-                found = superblock.newest([_page(folder / name) for name in superblock.NAMES])
+                found = superblock.newest(files.superblock_pages(folder))
                 if found is None:
                     raise ForeignFormat("neither of its superblocks is sound")
                 store = cls(folder, lock, *found)
@@ -181,7 +176,7 @@ class LogStore:
 
     def _resume(self, scan: Scan) -> None:
         # The process before may have died before it had synced them.
-        _fdatasync_all([slot.descriptor for slot in self._slots])
+        files.fdatasync_all([slot.descriptor for slot in self._slots])
         self.next_seq = self.durable = scan.next_seq
         self.destaged, self._oldest = scan.destaged, scan.needed
         for slot in self._slots:
@@ -276,7 +271,7 @@ class LogStore:
         covers, slots = self.next_seq, [slot.descriptor for slot in self._unsynced]
         self._unsynced.clear()
         try:
-            await trio.to_thread.run_sync(_fdatasync_all, slots)
+            await trio.to_thread.run_sync(files.fdatasync_all, slots)
         except OSError as error:
             raise self._fail("syncing", error) from None
         if self.failed is not None:
@@ -330,7 +325,7 @@ class LogStore:
             zeroed = 0 if self.room or not slot.fresh else self.superblock.segment_bytes
             slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
             try:
-                await trio.to_thread.run_sync(_prepare, slot.descriptor, page, zeroed)
+                await trio.to_thread.run_sync(files.prepare, slot.descriptor, page, zeroed)
             except OSError as error:
                 self._fail("preparing a segment", error)
                 return
@@ -364,15 +359,8 @@ class LogStore:
     def write_superblock(self, block: Superblock) -> None:
         """The next copy, durable. Blocks; raises OSError."""
         self._counter += 1
-        name = superblock.NAMES[self._counter % len(superblock.NAMES)]
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self.folder / name, flags, 0o600)
-        try:
-            os.pwrite(descriptor, superblock.encode(self._counter, block), 0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        _fsync_folder(self.folder)
+        page = superblock.encode(self._counter, block)
+        files.write_superblock_page(self.folder, self._counter, page)
         self.superblock = block
 
     def update(self, **changes: object) -> None:
@@ -391,7 +379,7 @@ class LogStore:
         problems = []
         attempts: list[Callable[[], None]] = [
             lambda: self.write_superblock(block),
-            lambda: _remove_files(self.folder),
+            lambda: files.remove_files(self.folder),
         ]
         for attempt in attempts:
             try:
@@ -435,48 +423,9 @@ def new_superblock(
     )
 
 
-def drop(folder: Path) -> None:
-    """Remove a log with all that is in it. Raises LogError or BusyError."""
-    try:
-        lock = _lock(folder)
-        try:
-            _remove_files(folder)
-            folder.rmdir()
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise LogError(f"log {folder}: can't be removed: {error.strerror}") from None
-
-
-def is_in_use(folder: Path) -> bool:
-    """Whether a process has it open for writing."""
-    try:
-        os.close(_lock(folder))
-    except BusyError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def _store_id(block: Superblock) -> int:
     """What each record repeats."""
     return int.from_bytes(block.store[-8:], "little")
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BusyError(
-            f"log {folder}: in use by another mount", advice="`orion-iscsifs status` shows them"
-        ) from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _create_slot(folder: Path, index: int, block: Superblock) -> _Slot:
@@ -485,40 +434,3 @@ def _create_slot(folder: Path, index: int, block: Superblock) -> _Slot:
     os.posix_fallocate(slot.descriptor, 0, block.segment_bytes)
     slot.fresh = True
     return slot
-
-
-def _prepare(descriptor: int, page: bytes, zeroed: int) -> None:
-    """A new use of a segment. Zeroes first, where blocks were only reserved: written blocks make
-    every fdatasync to come cheaper."""
-    for position in range(0, zeroed, len(_ZEROES)):
-        os.pwrite(descriptor, _ZEROES[: zeroed - position], position)
-    os.pwrite(descriptor, page, 0)
-    os.fdatasync(descriptor)
-
-
-def _fdatasync_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.fdatasync(descriptor)
-
-
-def _page(path: Path) -> bytes:
-    try:
-        return path.read_bytes()[: superblock.PAGE_BYTES]
-    except FileNotFoundError:
-        return b""
-
-
-def _remove_files(folder: Path) -> None:
-    """The superblocks last: without them nothing is replayed."""
-    for pattern in ("wlog-*", "super.*"):
-        for path in sorted(folder.glob(pattern)):
-            path.unlink()
-    _fsync_folder(folder)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

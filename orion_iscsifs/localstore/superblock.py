@@ -5,14 +5,16 @@ one before it. The fields are JSON behind a fixed head: they are few, they chang
 an administrator can read them.
 """
 
+from collections.abc import Sequence
 from struct import Struct
-from typing import Final
+from typing import Final, TypeVar, overload
 
 import crc32c
 import msgspec
 
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.errors import OrionError
+from orion_iscsifs.localstore.seal import Sealing
 
 MAGIC: Final = b"OLSUPER1"
 PAGE_BYTES: Final = 4096
@@ -20,7 +22,11 @@ NAMES: Final = ("super.0", "super.1")
 VERSION: Final = 1
 COMPAT_KNOWN: Final = 0
 RO_COMPAT_KNOWN: Final = 0
-INCOMPAT_KNOWN: Final = 0
+SEALED: Final = 1
+"""Incompatible feature: payloads are encrypted."""
+LIVES: Final = 2
+"""Incompatible feature: the store counts its lives, and records belong to one of them."""
+INCOMPAT_KNOWN: Final = SEALED | LIVES
 _HEAD: Final = Struct("<8sIIIIQI")
 """Magic, version, compat, ro_compat and incompat feature bits, counter, length of the JSON text."""
 _CHECKSUM: Final = Struct("<I")
@@ -50,28 +56,47 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     """Everything is on the target: nothing to replay."""
     ended: str = ""
     """Why the log must not be replayed any more: it failed, and the target has newer data."""
+    life: int = 0
+    """How often it has been opened for writing; 0: by a version that did not count."""
+    sealing: Sealing | None = None
+    """None: its records are in plain text."""
+
+    @property
+    def incompat(self) -> int:
+        """The features that a reader has to know."""
+        return (SEALED if self.sealing else 0) | (LIVES if self.life else 0)
+
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class ForeignFormat(OrionError):
     """No superblock that this version may use. The message is for the user."""
 
 
-def encode(counter: int, block: Superblock, *, incompat: int = 0) -> bytes:
-    """A page."""
+def encode(
+    counter: int, block: msgspec.Struct, *, incompat: int = 0, magic: bytes = MAGIC
+) -> bytes:
+    """A page. `magic`: 8 bytes that name the kind of store."""
     text = msgspec.json.encode(block)
-    head = _HEAD.pack(MAGIC, VERSION, 0, 0, incompat, counter, len(text))
+    head = _HEAD.pack(magic, VERSION, 0, 0, incompat, counter, len(text))
     page = head + text
     assert len(page) + _CHECKSUM.size <= PAGE_BYTES
-    return page.ljust(PAGE_BYTES - _CHECKSUM.size, b"\0") + _CHECKSUM.pack(
-        crc32c.crc32c(page.ljust(PAGE_BYTES - _CHECKSUM.size, b"\0"))
-    )
+    body = page.ljust(PAGE_BYTES - _CHECKSUM.size, b"\0")
+    return body + _CHECKSUM.pack(crc32c.crc32c(body))
 
 
-def decode(page: Buffer) -> tuple[int, Superblock] | None:
-    """Counter and content; None: damaged, or not one. Raises ForeignFormat."""
+@overload
+def decode(page: Buffer) -> tuple[int, Superblock] | None: ...
+@overload
+def decode(page: Buffer, kind: type[T], magic: bytes) -> tuple[int, T] | None: ...
+def decode(
+    page: Buffer, kind: type[msgspec.Struct] = Superblock, magic: bytes = MAGIC
+) -> tuple[int, msgspec.Struct] | None:
+    """Counter and content; None: damaged, or not one of these. Raises ForeignFormat."""
     view = memoryview(page)
     body = view[: PAGE_BYTES - _CHECKSUM.size]
-    if len(view) != PAGE_BYTES or bytes(view[: len(MAGIC)]) != MAGIC:
+    if len(view) != PAGE_BYTES or bytes(view[: len(magic)]) != magic:
         return None
     if _CHECKSUM.unpack_from(view, len(body))[0] != crc32c.crc32c(body):
         return None
@@ -84,12 +109,18 @@ def decode(page: Buffer) -> tuple[int, Superblock] | None:
         )
     text = bytes(view[_HEAD.size : _HEAD.size + length])
     try:
-        return counter, msgspec.json.decode(text, type=Superblock)
+        return counter, msgspec.json.decode(text, type=kind)
     except msgspec.MsgspecError as error:
         raise ForeignFormat(f"its superblock can't be understood: {error}") from None
 
 
-def newest(pages: list[Buffer]) -> tuple[int, Superblock] | None:
+@overload
+def newest(pages: Sequence[Buffer]) -> tuple[int, Superblock] | None: ...
+@overload
+def newest(pages: Sequence[Buffer], kind: type[T], magic: bytes) -> tuple[int, T] | None: ...
+def newest(
+    pages: Sequence[Buffer], kind: type[msgspec.Struct] = Superblock, magic: bytes = MAGIC
+) -> tuple[int, msgspec.Struct] | None:
     """The copy that counts."""
-    found = [copy for page in pages if (copy := decode(page)) is not None]
+    found = [copy for page in pages if (copy := decode(page, kind, magic)) is not None]
     return max(found, key=lambda copy: copy[0], default=None)

@@ -21,13 +21,14 @@ from typing import Final
 import trio
 
 from orion_iscsifs.background import background
-from orion_iscsifs.block.device import BlockDevice, Geometry
+from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.epochs import Epochs
 from orion_iscsifs.cache.writelog import WriteLog, open_write_log, recover
 from orion_iscsifs.config import CacheConfig, Destage
 from orion_iscsifs.custody import custody
 from orion_iscsifs.initiator.lun import LunDevice
-from orion_iscsifs.localstore.store import LogError, LogStore, new_superblock
+from orion_iscsifs.localstore.files import LogError
+from orion_iscsifs.localstore.store import LogStore, new_superblock
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
 from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_folder
 from orion_iscsifs.stack.exclusive import Exclusive
@@ -48,24 +49,36 @@ def memory(config: CacheConfig) -> tuple[int, int]:
 
 @asynccontextmanager
 async def open_log(
-    device: BlockDevice, disk: LunDevice, exclusive: Exclusive | None, config: CacheConfig
+    device: BlockDevice,
+    disk: LunDevice,
+    volume: str,
+    exclusive: Exclusive | None,
+    config: CacheConfig,
 ) -> AsyncIterator[WriteLog]:
     """The device with its log in front, for the time of the body.
+
+    `volume`: what tells the content of `device` from all others.
 
     Raises LogError or BusyError when there is a log that must not be used.
     """
     assert config.log_dir is not None
-    lun = disk.info.name
-    if not lun:
+    if not volume:
         raise LogError(
             f"LUN {disk.number}: the device has no name (VPD page 83h) to bind a log to",
             advice="mount it without cache=log",
         )
-    folder = lun_folder(config.log_dir, lun)
+    folder = lun_folder(config.log_dir, volume)
     owner = Owner("logs", disk)
     known = evidence(owner, disk, None if exclusive is None else exclusive.first.found)
+    wanted = new_superblock(
+        volume,
+        size_bytes=device.geometry.size_bytes,
+        block_bytes=device.geometry.logical_block_bytes,
+        log_bytes=config.log_bytes,
+        target=f"{disk.session.nexus.target_name} LUN {disk.number}",
+    )
     store, epochs = await trio.to_thread.run_sync(
-        _open, folder, disk, config, known, trio.current_time()
+        _open, folder, wanted, None if config.log_force else known, trio.current_time()
     )
     try:
         owner.note(store.superblock.store)
@@ -102,10 +115,10 @@ def forget_log(disk: LunDevice) -> None:
     Owner("logs", disk).forget()
 
 
-def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
+def check_nothing_left(volume: str, config: CacheConfig) -> None:
     """For a mount that only reads: raises LogError when a log holds what the target lacks."""
     assert config.log_dir is not None
-    folder = lun_folder(config.log_dir, disk.info.name)
+    folder = lun_folder(config.log_dir, volume)
     if (folder / NAMES[0]).exists():
         store = LogStore.open(folder, shared=True)
         store.close()
@@ -117,23 +130,17 @@ def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
 
 
 def _open(
-    folder: Path, disk: LunDevice, config: CacheConfig, known: Evidence, now: float
+    folder: Path, wanted: Superblock, known: Evidence | None, now: float
 ) -> tuple[LogStore, Epochs]:
-    """Blocks. Raises LogError or BusyError."""
-    geometry = disk.geometry
-    wanted = new_superblock(
-        disk.info.name,
-        size_bytes=geometry.size_bytes,
-        block_bytes=geometry.logical_block_bytes,
-        log_bytes=config.log_bytes,
-        target=f"{disk.session.nexus.target_name} LUN {disk.number}",
-    )
+    """What is there, if it is needed, or else an empty log. Blocks.
+
+    Raises LogError or BusyError. For `known` see `_take_over`.
+    """
     if not any((folder / name).exists() for name in NAMES):
         return LogStore.create(folder, wanted), Epochs()
     store = LogStore.open(folder)
     try:
-        force = config.log_force
-        epochs = _take_over(store, geometry, wanted, None if force else known, now)
+        epochs = _take_over(store, wanted, known, now)
     except BaseException:
         store.close()
         raise
@@ -151,7 +158,7 @@ def _layout(block: Superblock) -> tuple[int, int]:
 
 
 def _take_over(
-    store: LogStore, geometry: Geometry, wanted: Superblock, known: Evidence | None, now: float
+    store: LogStore, wanted: Superblock, known: Evidence | None, now: float
 ) -> Epochs | None:
     """What is in the log; None: nothing that is needed, a new log may take its place.
 
@@ -160,7 +167,7 @@ def _take_over(
     block, folder = store.superblock, store.folder
     if block.ended:
         return None
-    check_owner(store, wanted.lun, geometry)
+    _check_owner(store, wanted)
     if block.clean:
         return None
     epochs, scan = recover(store, now)
@@ -188,22 +195,19 @@ def _take_over(
     return epochs
 
 
-def check_owner(store: LogStore, lun: str, geometry: Geometry) -> None:
+def _check_owner(store: LogStore, wanted: Superblock) -> None:
     """Raises LogError if the log is another LUN's."""
     block = store.superblock
-    if block.lun != lun:
+    if block.lun != wanted.lun:
         raise LogError(
             f"log {store.folder}: belongs to another LUN, {block.lun}",
             advice="give each LUN its own folder",
         )
     if block.clean:
         return
-    if geometry.size_bytes < block.size_bytes or (
-        geometry.logical_block_bytes != block.block_bytes
-    ):
+    if wanted.size_bytes < block.size_bytes or wanted.block_bytes != block.block_bytes:
         raise LogError(
             f"log {store.folder}: the LUN had {block.size_bytes} bytes in blocks of"
-            f" {block.block_bytes}; it has {geometry.size_bytes} in blocks of"
-            f" {geometry.logical_block_bytes}",
+            f" {block.block_bytes}; it has {wanted.size_bytes} in blocks of {wanted.block_bytes}",
             advice="is it the same LUN? " + _FORCE,
         )

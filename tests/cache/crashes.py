@@ -20,7 +20,7 @@ from unittest.mock import patch
 import trio
 
 from orion_iscsifs.block.device import BlockDevice, Geometry
-from orion_iscsifs.localstore import store as store_module
+from orion_iscsifs.localstore import files
 from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
@@ -144,8 +144,8 @@ class Recorder:
         """Know what is durable, and take part in every append."""
         self._durable = _files(self._folder)
         sync, prepare, append = (
-            store_module._fdatasync_all,
-            store_module._prepare,
+            files.fdatasync_all,
+            files.prepare,
             LogStore.append,
         )
 
@@ -164,8 +164,8 @@ class Recorder:
             return place
 
         with (
-            patch.object(store_module, "_fdatasync_all", recorded_sync),
-            patch.object(store_module, "_prepare", recorded_prepare),
+            patch.object(files, "fdatasync_all", recorded_sync),
+            patch.object(files, "prepare", recorded_prepare),
             patch.object(LogStore, "append", recorded_append),
         ):
             yield

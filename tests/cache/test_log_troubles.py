@@ -15,9 +15,10 @@ from orion_iscsifs.block.device import BlockDevice, Buffer, Geometry
 from orion_iscsifs.cache import writelog
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.errors import ConnectionLost, DeviceError, OrionError
-from orion_iscsifs.localstore import store as store_module
+from orion_iscsifs.localstore import files
+from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.scan import Place
-from orion_iscsifs.localstore.store import LogError, LogStore
+from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
 from tests.cache.logs import KIB, MIB, Size, logged
@@ -60,14 +61,14 @@ def failing(error: int) -> object:
     return fail
 
 
-@pytest.mark.parametrize("where", ["_fdatasync_all", "pwritev", "_prepare"])
+@pytest.mark.parametrize("where", ["fdatasync_all", "pwritev", "prepare"])
 async def test_a_log_that_fails_loses_nothing(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
     async with rig(tmp_path / "log") as r:
         for number in range(8):
             await r.write(number * 4096, number + 1)
-        owner = os if where == "pwritev" else store_module
+        owner = os if where == "pwritev" else files
         monkeypatch.setattr(owner, where, failing(5))
         for number in range(8, 60):  # over several segments
             await r.write(number * 4096, number + 1)
@@ -95,9 +96,9 @@ async def test_a_log_that_cannot_even_be_marked_is_said(
 ) -> None:
     async with rig(tmp_path / "log") as r:
         await r.write(0, 1)
-        monkeypatch.setattr(store_module, "_fdatasync_all", failing(5))
+        monkeypatch.setattr(files, "fdatasync_all", failing(5))
         monkeypatch.setattr(LogStore, "write_superblock", failing(5))
-        monkeypatch.setattr(store_module, "_remove_files", failing(30))
+        monkeypatch.setattr(files, "remove_files", failing(30))
         await r.log.flush()
         await eventually(lambda: "remove that folder by hand" in caplog.text)
         monkeypatch.undo()

@@ -15,7 +15,7 @@ from orion_iscsifs.config.places import state_dir
 from orion_iscsifs.custody import custody
 from orion_iscsifs.errors import BusyError
 from orion_iscsifs.localstore import segment
-from orion_iscsifs.localstore.store import LogError
+from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.target import RamDevice, Running, TargetConfig, serve
 from orion_iscsifs.url import parse
