@@ -206,8 +206,12 @@ class Daemon:
             _log.critical("the file system ended: %s", error, exc_info=error)
             self._failure = error
         else:
-            if not mounted:
+            if not mounted and self._state is not None:
                 raise MountError(f"mount {self._mountpoint}: ended by a signal")
+            if not mounted:
+                # Whoever saw the files was quicker to unmount them than we to look at the kernel's
+                # limits: a mount that has begun and ended in order.
+                task_status.started()
 
     async def _serve_control(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

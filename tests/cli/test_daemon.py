@@ -126,6 +126,19 @@ async def test_a_broken_file_system_is_reported_after_the_flush(device: Device) 
     assert device.flushes == 1
 
 
+async def test_one_that_is_unmounted_before_it_is_ready_has_ended_in_order(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unmounted_at_once(mount: NoMount, *, task_status: object) -> None:
+        mount.ended.set()
+
+    monkeypatch.setattr(NoMount, "serve", unmounted_at_once)
+    readied: list[bool] = []
+    await make(device).run(lambda: readied.append(True))
+    assert readied
+    assert device.flushes == 1
+
+
 @pytest.mark.parametrize("error", [ConnectionLost("gone"), ZeroDivisionError("a bug")])
 async def test_a_failed_flush_is_tried_again(device: Device, error: Exception) -> None:
     device.failures, device.error = 3, error
