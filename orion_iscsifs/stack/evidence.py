@@ -10,6 +10,7 @@ had (`Owner`). The target has the reservation: each registration counts there (P
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -116,21 +117,17 @@ def evidence(owner: Owner, disk: LunDevice, seen: Seen | None) -> Evidence:
     return Evidence(owner.known(), seen, own)
 
 
-class Store(Protocol):
-    """What a `Keeper` needs of a log or a tier."""
+class Update(Protocol):
+    """Changes fields of a superblock, durably. Raises an OrionError: the store has failed."""
 
-    @property
-    def failed(self) -> OrionError | None: ...
-
-    def update(self, **changes: object) -> None:
-        """Change fields of the superblock. Blocks; raises an OrionError."""
+    async def __call__(self, **changes: object) -> None: ...
 
 
 class Keeper:
     """Keeps a superblock up to date with the reservation."""
 
-    def __init__(self, store: Store, exclusive: Exclusive | None) -> None:
-        self._store = store
+    def __init__(self, update: Update, exclusive: Exclusive | None) -> None:
+        self._update = update
         self._exclusive = exclusive
         self._news = trio.Event()
         if exclusive is not None:
@@ -141,16 +138,12 @@ class Keeper:
         self._news.set()
 
     async def run(self) -> None:
-        """The background. A store that can't be written says so itself, and goes on without us."""
-        while self._store.failed is None:
-            await self._news.wait()
-            self._news = trio.Event()
-            if self._store.failed is None:
-                try:
-                    await self.write()
-                except OrionError:
-                    assert self._store.failed is not None
-                    return
+        """The background, until the store fails, which it says itself."""
+        with suppress(OrionError):
+            while True:
+                await self._news.wait()
+                self._news = trio.Event()
+                await self.write()
 
     async def write(self, **changes: object) -> None:
         """Some fields, and who may write to the LUN."""
@@ -159,4 +152,4 @@ class Keeper:
             changes |= {"generation": exclusive.generation, "key": exclusive.first.key}
         else:
             changes |= {"generation": -1, "key": 0}
-        await trio.to_thread.run_sync(lambda: self._store.update(**changes))
+        await self._update(**changes)

@@ -30,7 +30,7 @@ from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.localstore.files import LogError
 from orion_iscsifs.localstore.store import LogStore, new_superblock
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
-from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_folder
+from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, Update, evidence, lun_folder
 from orion_iscsifs.stack.exclusive import Exclusive
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ async def open_log(
     )
     try:
         owner.note(store.superblock.store)
-        keeper = Keeper(store, exclusive)
+        keeper = Keeper(_updater(store), exclusive)
         await keeper.write(clean=False, size_bytes=device.geometry.size_bytes)
         if epochs.queue:
             left = epochs.live.covered_bytes
@@ -102,6 +102,15 @@ async def open_log(
             await keeper.write(clean=True)
     finally:
         store.close()
+
+
+def _updater(store: LogStore) -> Update:
+    async def update(**changes: object) -> None:
+        if store.failed is not None:
+            raise store.failed
+        await trio.to_thread.run_sync(lambda: store.update(**changes))
+
+    return update
 
 
 def _failed(write_log: WriteLog) -> None:

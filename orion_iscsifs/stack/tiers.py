@@ -67,7 +67,7 @@ async def open_local_tier(
         if store.failed is None and exclusive is not None and _is_for_later(config.tier):
             exclusive.stay()
     finally:
-        await trio.to_thread.run_sync(store.close)
+        store.close()
 
 
 @asynccontextmanager
@@ -82,14 +82,15 @@ async def _tended(
     assert config.tier is not None
     store.on_failure = owner.forget
     owner.note(store.superblock.store)
-    keeper = Keeper(store, exclusive)
-    if not config.fuse.read_only:
-        # A mount that only reads changes nothing about who may have written. A store that can't be
-        # written has failed, which is said, and is only passed through.
-        with suppress(TierError):
-            await keeper.write()
-    async with background(keeper.run), open_tier(device, store, level=config.tier.level) as tier:
-        yield tier
+    async with open_tier(device, store, level=config.tier.level) as tier:
+        keeper = Keeper(tier.update, exclusive)
+        if not config.fuse.read_only:
+            # A mount that only reads changes nothing about who may have written. A store that can't
+            # be written has failed, which is said, and everything passes through it.
+            with suppress(TierError):
+                await keeper.write()
+        async with background(keeper.run):
+            yield tier
 
 
 def forget_tier(disk: LunDevice, config: MountConfig) -> None:

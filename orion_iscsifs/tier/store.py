@@ -81,7 +81,7 @@ class TierStore:
         """Set it before `resume`, if `superblock.sealing` is not None."""
         self.on_failure: Callable[[], object] | None = None
         """Called in a thread when the tier has failed: make sure that no mount believes it again.
-        It may block and raise OSError; then the tier tries it again."""
+        It may block and raise OSError or OrionError; then the tier tries it again."""
         self.on_end: Callable[[], object] = lambda: None
         """Called at once when the tier has failed."""
         self.room = trio.lowlevel.ParkingLot()
@@ -419,7 +419,7 @@ class TierStore:
             return False
         try:
             self.on_failure()
-        except OSError as error:
+        except (OSError, OrionError) as error:
             log.warning("tier %s: can't be marked as ended: %s", self.folder, error)
             return False
         return True

@@ -171,35 +171,26 @@ async def _until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.02)
 
 
-class _Store:
-    """A store whose superblock is only kept in memory."""
-
-    def __init__(self) -> None:
-        self.failed: OrionError | None = None
-        self.changes: list[dict[str, object]] = []
-        self.broken = False
-
-    def update(self, **changes: object) -> None:
-        if self.broken:
-            self.failed = OrionError("the disk is gone")
-            raise self.failed
-        self.changes.append(changes)
-
-
 async def test_the_keeper_follows_registrations_and_survives_the_stores_failure() -> None:
+    written: list[dict[str, object]] = []
+    broken = trio.Event()
+
+    async def update(**changes: object) -> None:
+        if written:
+            broken.set()
+            raise OrionError("the disk is gone")
+        written.append(changes)
+
     async with world(mount()) as (running, _, stack):
         exclusive = stack.units[0].exclusive
         assert exclusive is not None
-        store = _Store()
-        keeper = Keeper(store, exclusive)
+        keeper = Keeper(update, exclusive)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keeper.run)
             running.drop_connections()
-            await _until(lambda: len(store.changes) == 1)
-            assert store.changes == [
-                {"generation": exclusive.generation, "key": exclusive.first.key}
-            ]
-            store.broken = True
+            await _until(lambda: len(written) == 1)
+            assert written == [{"generation": exclusive.generation, "key": exclusive.first.key}]
             running.drop_connections()
-            await _until(lambda: store.failed is not None)
+            with trio.fail_after(30):
+                await broken.wait()
         # The nursery has ended by itself: the keeper gave up without an error.
