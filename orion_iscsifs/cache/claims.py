@@ -8,17 +8,16 @@ in place (a frame that is fetching is busy), so the frame is the same one when t
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from orion_iscsifs.block.ranges import Range, cover, split
-from orion_iscsifs.cache.frames import (
+from orion_iscsifs.block.pages import (
     FRAME_BYTES,
     FRAME_SHIFT,
     PAGE_BYTES,
     PAGE_SHIFT,
-    Frame,
-    FrameTable,
     page_runs,
     pages_touched,
 )
+from orion_iscsifs.block.ranges import Range, cover, split
+from orion_iscsifs.cache.frames import Frame, FrameTable
 
 
 @dataclass(slots=True)

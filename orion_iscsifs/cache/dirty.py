@@ -28,20 +28,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from orion_iscsifs.block.device import Buffer
-from orion_iscsifs.block.rangelock import RangeLock
-from orion_iscsifs.block.ranges import Range, split
-from orion_iscsifs.cache.frames import (
+from orion_iscsifs.block.pages import (
     FRAME_BYTES,
     FRAME_SHIFT,
     PAGE_BYTES,
     PAGE_SHIFT,
     PAGES_PER_FRAME,
-    Frame,
-    FrameTable,
     page_runs,
     pages_covered,
     pages_touched,
 )
+from orion_iscsifs.block.rangelock import RangeLock
+from orion_iscsifs.block.ranges import Range, split
+from orion_iscsifs.cache.frames import Frame, FrameTable
 from orion_iscsifs.cache.statistics import CacheStatistics
 
 LOW_WATERMARK: Final = 4

@@ -17,6 +17,14 @@ Races, and why they are harmless:
 
 import trio
 
+from orion_iscsifs.block.pages import (
+    FRAME_BYTES,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PAGE_BYTES,
+    page_runs,
+    pages_touched,
+)
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range, clip, cover, split
 from orion_iscsifs.cache.claims import (
@@ -28,15 +36,7 @@ from orion_iscsifs.cache.claims import (
     give_up,
     install,
 )
-from orion_iscsifs.cache.frames import (
-    FRAME_BYTES,
-    FRAME_MASK,
-    FRAME_SHIFT,
-    PAGE_BYTES,
-    FrameTable,
-    page_runs,
-    pages_touched,
-)
+from orion_iscsifs.cache.frames import FrameTable
 from orion_iscsifs.cache.gauge import Gauge
 from orion_iscsifs.cache.prefetch import Prefetcher
 from orion_iscsifs.cache.statistics import CacheStatistics

@@ -11,49 +11,25 @@ compared again.
 """
 
 import mmap
-from collections.abc import Iterator
 from typing import Final
 
 import trio
 
+from orion_iscsifs.block.pages import (
+    FRAME_BYTES,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PAGE_SHIFT,
+    pages_touched,
+)
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.cache.replacement import S3Fifo
 from orion_iscsifs.cache.states import broken_invariants
 from orion_iscsifs.cache.statistics import CacheStatistics
 
-PAGE_SHIFT: Final = 12
-PAGE_BYTES: Final = 1 << PAGE_SHIFT
-FRAME_SHIFT: Final = 16
-FRAME_BYTES: Final = 1 << FRAME_SHIFT
 _PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-FRAME_MASK: Final = FRAME_BYTES - 1
 UNREAD_SHARE: Final = 8
 """One such part of the cache is readahead's, on top of the share that newcomers have."""
-PAGES_PER_FRAME: Final = FRAME_BYTES // PAGE_BYTES
-
-
-def pages_touched(start: int, end: int) -> int:
-    """The mask of the pages that have a byte of `[start, end)`, both inside a frame."""
-    return (1 << (end + PAGE_BYTES - 1 >> PAGE_SHIFT)) - (1 << (start >> PAGE_SHIFT))
-
-
-def pages_covered(start: int, end: int) -> int:
-    """The mask of the pages that lie in `[start, end)` as a whole."""
-    first, last = start + PAGE_BYTES - 1 >> PAGE_SHIFT, end >> PAGE_SHIFT
-    return (1 << last) - (1 << first) if first < last else 0
-
-
-def page_runs(mask: int) -> Iterator[Range]:
-    """The runs of adjacent pages in a mask, as byte ranges inside the frame."""
-    first = 0
-    while mask:
-        skip = (mask & -mask).bit_length() - 1
-        mask >>= skip
-        first += skip
-        count = (~mask & (mask + 1)).bit_length() - 1
-        yield first << PAGE_SHIFT, (first + count) << PAGE_SHIFT
-        mask >>= count
-        first += count
 
 
 class Frame:

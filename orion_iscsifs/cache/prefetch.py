@@ -6,10 +6,11 @@ from typing import Final
 
 import trio
 
+from orion_iscsifs.block.pages import PAGE_BYTES, PAGE_SHIFT
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range, clip, cover, split
 from orion_iscsifs.cache.claims import Fetch, claim, first_absent_run, give_up, install
-from orion_iscsifs.cache.frames import PAGE_BYTES, PAGE_SHIFT, Frame, FrameTable
+from orion_iscsifs.cache.frames import Frame, FrameTable
 from orion_iscsifs.cache.gauge import WINDOW_AUTO_MIN_BYTES, Gauge
 from orion_iscsifs.cache.readahead import STEP_BYTES, Readahead
 from orion_iscsifs.cache.staging import STAGING_BYTES, StagingBuffers

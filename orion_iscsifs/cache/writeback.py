@@ -37,22 +37,21 @@ from orion_iscsifs.block.device import (
     GeometryListener,
     check_request,
 )
+from orion_iscsifs.block.pages import (
+    FRAME_BYTES,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PAGE_BYTES,
+    page_runs,
+    pages_covered,
+    pages_touched,
+)
 from orion_iscsifs.block.rangelock import RangeLock
 from orion_iscsifs.block.ranges import Range, cover, split, subtract, within
 from orion_iscsifs.cache.destage import IDLE_S, Destager
 from orion_iscsifs.cache.dirty import Obstacle
 from orion_iscsifs.cache.fetch import Fetcher
-from orion_iscsifs.cache.frames import (
-    FRAME_BYTES,
-    FRAME_MASK,
-    FRAME_SHIFT,
-    PAGE_BYTES,
-    Frame,
-    FrameTable,
-    page_runs,
-    pages_covered,
-    pages_touched,
-)
+from orion_iscsifs.cache.frames import Frame, FrameTable
 from orion_iscsifs.cache.gauge import CACHE_SHARE, Gauge, link_for
 from orion_iscsifs.cache.prefetch import Prefetcher
 from orion_iscsifs.cache.statistics import CacheStatistics

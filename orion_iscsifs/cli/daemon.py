@@ -68,6 +68,8 @@ class Stack(Protocol):
 
     def unmounting(self) -> None: ...
 
+    def give_back(self) -> None: ...
+
     async def end_earlier(self) -> list[str]: ...
 
     def describe(self, path: str) -> Mapping[str, str]: ...
@@ -204,14 +206,23 @@ class Daemon:
             _log.critical("the file system ended: %s", error, exc_info=error)
             self._failure = error
         else:
-            if not mounted:
+            if not mounted and self._state is not None:
                 raise MountError(f"mount {self._mountpoint}: ended by a signal")
+            if not mounted:
+                # Whoever saw the files was quicker to unmount them than we to look at the kernel's
+                # limits: a mount that has begun and ended in order.
+                task_status.started()
 
     async def _serve_control(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         path = control.socket_path(create_private(runtime_dir()), self._mountpoint)
-        operations = {"status": self._op_status, "flush": self._op_flush, "abandon": self._op_end}
+        operations = {
+            "status": self._op_status,
+            "flush": self._op_flush,
+            "release": self._op_release,
+            "abandon": self._op_end,
+        }
         operations_on = {"trim": self._op_trim}
         with self._control:
             await control.serve(
@@ -339,6 +350,10 @@ class Daemon:
             await self._is_open.wait()
         read_only = self._config.fuse.read_only
         return await trim(self._stack.files, request, send, read_only=read_only)
+
+    async def _op_release(self, _send: control.Send) -> control.Message:
+        self._stack.give_back()
+        return {}
 
     async def _op_end(self, _send: control.Send) -> control.Message:
         lost = dirty_bytes(self.status())

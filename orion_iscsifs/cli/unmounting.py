@@ -53,8 +53,12 @@ class _Deadline:
         return None if self.timeout_s is None else max(0.0, self._ends - time.monotonic())
 
 
-def unmount_safely(path: str, *, timeout_s: float | None = None, force: bool = False) -> None:
+def unmount_safely(
+    path: str, *, timeout_s: float | None = None, force: bool = False, release: bool = False
+) -> None:
     """Return when the data is durable on the target and the daemon has exited.
+
+    `release`: the reservation does not outlast the mount.
 
     Raises `BusyError`, `MountError` or `Failed`; the mount then still stands, or the daemon goes on
     writing, as the message says.
@@ -69,6 +73,8 @@ def unmount_safely(path: str, *, timeout_s: float | None = None, force: bool = F
         )
     deadline = _Deadline(FORCE_TIMEOUT_S if force and timeout_s is None else timeout_s)
     if alive:
+        if release:
+            client.ask("release")
         try:
             with _process(client) as process:
                 _end(mountpoint, client, process, deadline, mounted=mount is not None, force=force)

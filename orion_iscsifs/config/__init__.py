@@ -26,6 +26,8 @@ from orion_iscsifs.config.settings import (
     ReserveMode,
     Secret,
     SessionConfig,
+    TierConfig,
+    TierReuse,
     TlsConfig,
 )
 
@@ -45,5 +47,7 @@ __all__ = [
     "ReserveMode",
     "Secret",
     "SessionConfig",
+    "TierConfig",
+    "TierReuse",
     "TlsConfig",
 ]

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar, cast
 from orion_iscsifs.config.secrets import length_warnings, read_key_file, read_secret_file
 from orion_iscsifs.config.settings import (
     LOG_BYTES_MIN,
+    TIER_BYTES_MIN,
     AuthConfig,
     CacheConfig,
     CacheMode,
@@ -24,6 +25,8 @@ from orion_iscsifs.config.settings import (
     ReserveMode,
     Secret,
     SessionConfig,
+    TierConfig,
+    TierReuse,
     TlsConfig,
 )
 from orion_iscsifs.config.sources import Words
@@ -63,6 +66,7 @@ def build(
         multipath=_multipath(reader),
         reserve=_reserve(reader),
         cache=_cache(reader),
+        tier=_tier(reader),
         fuse=_fuse(reader),
     )
     return config, reader.warnings
@@ -265,6 +269,31 @@ def _log_bytes(reader: _Reader) -> int:
             f"option log_size={size}: is less than {LOG_BYTES_MIN}", advice="a log needs 16M"
         )
     return size
+
+
+def _tier(reader: _Reader) -> TierConfig | None:
+    folder = _absolute(reader.text("tier_dir"))
+    if folder is None:
+        for option in ("tier_size", "tier_level", "tier_reuse"):
+            if option in reader.words:
+                raise UsageError(
+                    f"option {option}: where is the tier to be?",
+                    advice="add tier_dir=DIR, a folder on a local disk",
+                )
+        return None
+    defaults = TierConfig(folder=folder)
+    size = reader.get("tier_size", defaults.size_bytes)
+    if size < TIER_BYTES_MIN:
+        raise UsageError(
+            f"option tier_size={size}: is less than {TIER_BYTES_MIN}", advice="a tier needs 64M"
+        )
+    level: int | Literal["adaptive"] = reader.get("tier_level", defaults.level)
+    return TierConfig(
+        folder=folder,
+        size_bytes=size,
+        level=level,
+        reuse=TierReuse(reader.get("tier_reuse", defaults.reuse)),
+    )
 
 
 def _fuse(reader: _Reader) -> FuseConfig:

@@ -5,6 +5,7 @@ from orion_iscsifs.config.settings import (
     ChapCredentials,
     MountConfig,
     MultipathConfig,
+    TierConfig,
     TlsConfig,
 )
 
@@ -46,6 +47,7 @@ def _words(config: MountConfig) -> list[tuple[str, object]]:
         ("dirty_age", cache.dirty_age_s),
         *_log(cache),
         *([] if cache.key_file is None else [("cache_key_file", cache.key_file)]),
+        *_tier(config.tier),
         ("readahead", cache.readahead),
         ("replacement_timeout", session.replacement_timeout_s),
         ("login_timeout", session.login_timeout_s),
@@ -73,6 +75,13 @@ def _log(cache: CacheConfig) -> list[tuple[str, object]]:
         return []
     words = ("log_dir", cache.log_dir), ("log_size", cache.log_bytes)
     return [*words, ("destage", str(cache.destage))]
+
+
+def _tier(tier: TierConfig | None) -> list[tuple[str, object]]:
+    if tier is None:
+        return []
+    words = ("tier_dir", tier.folder), ("tier_size", tier.size_bytes)
+    return [*words, ("tier_level", tier.level), ("tier_reuse", str(tier.reuse))]
 
 
 def _paths(config: MultipathConfig, bind: str | None) -> list[tuple[str, object]]:

@@ -14,6 +14,9 @@ CONNECTIONS_MAX: Final = 16
 """Of one session."""
 LOG_BYTES_MIN: Final = 16 << 20
 """Of one persistent log."""
+TIER_BYTES_MIN: Final = 64 << 20
+"""Of one tier."""
+TIER_LEVEL_MAX: Final = 19
 
 
 class Secret(str):
@@ -90,6 +93,15 @@ class ReserveMode(enum.StrEnum):
     REQUIRE = "require"
     """No mount without one."""
     OFF = "off"
+
+
+class TierReuse(enum.StrEnum):
+    """When the tier of an earlier mount is trusted."""
+
+    RESERVATION = "reservation"
+    """The reservation proves that nobody else has written since."""
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class ChapCredentials(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,6 +195,18 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.mode is not CacheMode.WRITEBACK
 
 
+class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The compressed read cache on a local disk."""
+
+    folder: str
+    """Absolute; a folder in it for each LUN."""
+    size_bytes: int = 10 << 30
+    """Of each LUN's tier: all its files together are never larger."""
+    level: int | Literal["adaptive"] = 1
+    """Of zstd; 0: no compression."""
+    reuse: TierReuse = TierReuse.RESERVATION
+
+
 class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the file system appears."""
 
@@ -228,6 +252,8 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     multipath: MultipathConfig = MultipathConfig()
     reserve: ReserveConfig = ReserveConfig()
     cache: CacheConfig = CacheConfig()
+    tier: TierConfig | None = None
+    """None: there is none."""
     fuse: FuseConfig = FuseConfig()
 
     @property

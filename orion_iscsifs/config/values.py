@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from orion_iscsifs.config.settings import ChapAlgorithm
+from orion_iscsifs.config.settings import TIER_LEVEL_MAX, ChapAlgorithm
 
 Value = bool | int | float | str | tuple[ChapAlgorithm, ...] | tuple[str, ...] | None
 Parser = Callable[[str], Value]
@@ -117,6 +117,14 @@ def queue_depth(text: str) -> int | None:
 
 def readahead(text: str) -> str | int:
     return text if text in {"auto", "off"} else size_bytes(text)
+
+
+def tier_level(text: str) -> str | int:
+    if text == "adaptive":
+        return text
+    if re.fullmatch(r"[0-9]{1,2}", text, re.ASCII) and int(text) <= TIER_LEVEL_MAX:
+        return int(text)
+    raise ValueError(f"is neither adaptive nor a level from 0 to {TIER_LEVEL_MAX}")
 
 
 def algorithms(text: str) -> tuple[ChapAlgorithm, ...]:

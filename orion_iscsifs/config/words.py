@@ -17,6 +17,7 @@ from orion_iscsifs.config.settings import (
     DigestPreference,
     PathPolicy,
     ReserveMode,
+    TierReuse,
 )
 from orion_iscsifs.config.values import Parser, Value
 from orion_iscsifs.errors import UsageError
@@ -101,6 +102,16 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "destage": Option(
         values.choice(*Destage), "=WORD", "cache=log: ordered by flushes, or fast (ordered)"
     ),
+    "tier_dir": Option(values.nonempty, "=DIR", "where the compressed local read caches live"),
+    "tier_size": Option(values.size_bytes, "=SIZE", "of each LUN's local read cache (10G)"),
+    "tier_level": Option(
+        values.tier_level, "=0-19|adaptive", "its zstd level; 0: no compression (1)"
+    ),
+    "tier_reuse": Option(
+        values.choice(*TierReuse),
+        "=WORD",
+        "of an earlier mount: reservation, always, never (reservation)",
+    ),
     "readahead": Option(values.readahead, "=auto|off|SIZE", "largest readahead window (auto)"),
     "replacement_timeout": Option(
         values.seconds_or_never,
@@ -123,10 +134,6 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 
 LATER: Final[Mapping[str, str]] = {
-    "tier_dir": "the local read tier",
-    "tier_size": "the local read tier",
-    "tier_level": "the local read tier",
-    "tier_reuse": "the local read tier",
     "luks_key_file": "LUKS volumes",
     "metrics_listen": "the metrics endpoint",
     "audit_log": "the audit log",

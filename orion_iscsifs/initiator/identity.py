@@ -56,7 +56,7 @@ def _read_name(path: Path) -> str | None:
 def keep(path: Path, text: str) -> None:
     """Write a small file as a whole or not at all; it is durable when this returns.
 
-    That a log is out of date, for one, must not be forgotten with a loss of power.
+    That a log is out of date must not be forgotten with a loss of power. Raises MountError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -66,13 +66,30 @@ def keep(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         raise _unusable(path.parent, error) from None
+
+
+def forget(path: Path) -> None:
+    """Remove what `keep` wrote, if it did; durable when this returns. Raises MountError.
+
+    It works on a full disk, too.
+    """
+    try:
+        if path.exists():
+            path.unlink()
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise _unusable(path.parent, error) from None
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _host_bits(state_dir: Path) -> bytes:

@@ -142,17 +142,32 @@ class Reservation:
     async def release(self) -> None:
         """Withdraw the key, which ends the reservation. What fails is logged: the key is known to
         be ours at the next mount."""
-        if self._disk is not None:
-            self._session.checks.remove(self._check_after_login)
-            self._disk = None
-        if self._state != "held":
+        if not self.leave():
             return
-        self._state = "off"
-        self._living.discard(self.key)
         try:
             await self._unregister()
         except OrionError as error:
             log.warning("LUN %d: the reservation is left behind: %s", self._number, error)
+
+    async def look(self) -> Seen | None:
+        """What is there, without any change; None: the device has no persistent reservations."""
+        try:
+            return await self._look(self._unit)
+        except (NotSupported, ScsiError) as error:
+            if not _means_unsupported(error):
+                raise
+            return None
+
+    def leave(self) -> bool:
+        """Do not look after it any more; at the device it stays. Whether there was one."""
+        if self._disk is not None:
+            self._session.checks.remove(self._check_after_login)
+            self._disk = None
+        if self._state != "held":
+            return False
+        self._state = "off"
+        self._living.discard(self.key)
+        return True
 
     @property
     def is_reachable(self) -> bool:

@@ -14,6 +14,8 @@ _LUN_GAUGES: Final = {
     "dirty_bytes": "bytes that the target does not have yet",
     "oldest_dirty_age_s": "age of the oldest of them in seconds",
     "readahead_window_bytes": "how far ahead of one reader at most",
+    "log.used_bytes": "of the persistent log",
+    "tier.used_bytes": "of the local read cache",
 }
 _LUN_COUNTERS: Final = {
     "reads": "read requests",
@@ -25,7 +27,13 @@ _LUN_COUNTERS: Final = {
     "readahead_bytes": "bytes fetched ahead of readers",
     "readahead_hit_bytes": "those of them that were read",
     "readahead_waste_bytes": "those of them that nobody will read",
+    "tier.hits": "reads answered from the local read cache",
+    "tier.misses": "reads that it could not answer, or not whole",
+    "tier.bad_records": "damaged records of it, which were read from the target",
+    "tier.raw_bytes": "bytes that were put into it",
+    "tier.stored_bytes": "what they take there",
 }
+"""Keys of a LUN in the status document; with a dot: of a part of it."""
 
 
 class _StatusCollector(Collector):
@@ -53,10 +61,12 @@ class _StatusCollector(Collector):
         text: str,
     ) -> Metric:
         name = key.removesuffix("_s") + ("_seconds" if key.endswith("_age_s") else "")
+        name = name.replace(".", "_")
         metric = family(f"{_PREFIX}_lun_{name}", text, labels=["mountpoint", "lun"])
         for lun in self._mount["luns"]:
-            if lun.get(key) is not None:
-                metric.add_metric([mountpoint, str(lun["name"])], lun[key])
+            value = _value(lun, key)
+            if value is not None:
+                metric.add_metric([mountpoint, str(lun["name"])], value)
         return metric
 
     def _sessions(self, mountpoint: str) -> Metric:
@@ -69,6 +79,14 @@ class _StatusCollector(Collector):
             labels = [mountpoint, str(session["target"])]
             metric.add_metric(labels, float(session["state"] == "logged-in"))
         return metric
+
+
+def _value(lun: Mapping[str, Any], key: str) -> float | None:
+    """None: not known, or there is no such part."""
+    found: Any = lun
+    for part in key.split("."):
+        found = None if found is None else found.get(part)
+    return None if found is None else float(found)
 
 
 def prometheus_text(mount: Mapping[str, Any]) -> str:

@@ -7,6 +7,9 @@ A read-only mount, or one with `reserve=off`, takes neither.
 A worker that takes a mount over goes on with the reservation of the one before, or not at all: if
 somebody else may have written meanwhile, what the kernel still has to write may not be written.
 While it is still trying, the registrations stay at the device.
+
+A reservation may also outlast the mount (`Exclusive.stay`): it proves to the next one that nobody
+else has written meanwhile.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +27,7 @@ from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.initiator.probe import identify
 from orion_iscsifs.initiator.reservation import Reservation
 from orion_iscsifs.initiator.session import Session
+from orion_iscsifs.initiator.standing import Seen
 
 _PATIENCE_MIN_S = 10.0
 
@@ -38,6 +42,8 @@ class Exclusive:
         self._living: set[int] = set()
         self._reservations: list[Reservation] = []
         self._listeners: list[Callable[[], None]] = []
+        self._stays = False
+        self._given_back = False
 
     async def join(self, disk: LunDevice) -> Reservation:
         """Over one more path, the first or a further one. Raises BusyError or a DeviceError."""
@@ -74,6 +80,27 @@ class Exclusive:
                 await living[0].withdraw(lost)
         while self._reservations:
             await self._reservations.pop().release()
+
+    @property
+    def is_held(self) -> bool:
+        """The device keeps all others from writing."""
+        return self.first.is_held
+
+    def stay(self) -> None:
+        """Leave the reservation at the device when the mount ends, unless it is `give_back`."""
+        self._stays = True
+
+    def give_back(self) -> None:
+        """The reservation ends with the mount in any case: another host is to have the LUN."""
+        self._given_back = True
+
+    async def end(self) -> None:
+        """The mount has ended."""
+        if self._stays and not self._given_back:
+            while self._reservations:
+                self._reservations.pop().leave()
+        else:
+            await self.release()
 
     @property
     def generation(self) -> int:
@@ -136,7 +163,12 @@ async def hold(disk: LunDevice, config: MountConfig, mountpoint: str) -> AsyncIt
             yield exclusive
         finally:
             if not custody.is_takeover:
-                await exclusive.release()
+                await exclusive.end()
+
+
+async def look(disk: LunDevice, config: MountConfig) -> Seen | None:
+    """The LUN's reservation, for a mount that takes none; None: the device has none to tell of."""
+    return await _reservation(disk.session, disk.number, disk.info.name, config).look()
 
 
 def _reservation(session: Session, number: int, name: str, config: MountConfig) -> Reservation:

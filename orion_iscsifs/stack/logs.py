@@ -13,31 +13,26 @@ A target that was restarted has forgotten both: that is no sign, and is said.
 """
 
 import logging
-import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from orion_iscsifs.background import background
-from orion_iscsifs.block.device import BlockDevice, Geometry
+from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.epochs import Epochs
 from orion_iscsifs.cache.writelog import WriteLog, open_write_log, recover
 from orion_iscsifs.config import CacheConfig, Destage
-from orion_iscsifs.config.places import create_private, state_dir
 from orion_iscsifs.custody import custody
-from orion_iscsifs.initiator.identity import keep
-from orion_iscsifs.initiator.keys import LunKeys, lun_stem
 from orion_iscsifs.initiator.lun import LunDevice
-from orion_iscsifs.initiator.standing import Own, Seen, foreign_key
 from orion_iscsifs.localstore.files import LogError, is_in_memory
 from orion_iscsifs.localstore.fresh import new_superblock
 from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
-from orion_iscsifs.stack.exclusive import Exclusive, lun_name
+from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_folder
+from orion_iscsifs.stack.exclusive import Exclusive
 
 log = logging.getLogger(__name__)
 
@@ -47,52 +42,20 @@ _FORCE: Final = (
 )
 
 
-def log_folder(log_dir: str, lun: str) -> Path:
-    """Where the log of a LUN is; `lun` is its designator."""
-    safe = re.sub(r"[^A-Za-z0-9.-]", "_", lun)[:64]
-    return Path(log_dir) / f"{safe}-{lun_stem(lun)[:8]}"
-
-
 def memory(config: CacheConfig) -> tuple[int, int]:
     """`cache_size` parted: bytes for frames, bytes for what is not on the target yet."""
     ring = max(min(config.dirty_max_bytes, config.size_bytes - _FRAMES_MIN_BYTES), 64 << 10)
     return config.size_bytes - ring, ring
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is known about who wrote to the LUN."""
-
-    owner: str
-    """The log that the last mount of this host had; empty: none."""
-    seen: Seen | None
-    """Of the reservation, before this mount changed it; None: there is none."""
-    own: Own
-
-    def objection(self, block: Superblock) -> str:
-        """Why the log must not be replayed; empty: it may."""
-        if self.owner != block.store.hex():
-            return "the LUN has been mounted on this host since, without this log"
-        if self.seen is None or block.generation < 0:
-            return ""
-        foreign = foreign_key(self.seen, self.own)
-        if foreign is not None:
-            return f"another initiator (key {foreign:#018x}) is registered for the LUN"
-        holder = self.seen.holder
-        held = holder is not None and self.own.keys.is_ours(holder.key)
-        if self.seen.generation > block.generation and not held:
-            return "another initiator may have written to the LUN since"
-        return ""
-
-
-async def look(disk: LunDevice, config: CacheConfig) -> LogStore | None:
+async def look(volume: str, config: CacheConfig) -> LogStore | None:
     """The log that is there, closed, for `open_log`. Raises LogError or WrongKey.
 
     To be called before a reservation is made: a mount that is refused for its key must not leave a
     trace at the target that makes the next one doubt who has written.
     """
     assert config.log_dir is not None
-    folder = log_folder(config.log_dir, disk.info.name)
+    folder = lun_folder(config.log_dir, volume)
     return await trio.to_thread.run_sync(_look, folder, config)
 
 
@@ -118,30 +81,34 @@ def _look(folder: Path, config: CacheConfig) -> LogStore | None:
 async def open_log(
     device: BlockDevice,
     disk: LunDevice,
+    volume: str,
     exclusive: Exclusive | None,
     config: CacheConfig,
     known: LogStore | None,
 ) -> AsyncIterator[WriteLog]:
-    """The device with its log in front, for the time of the body. `known`: what `look` has found.
+    """The device with its log in front, for the time of the body.
+
+    `volume`: what tells the content of `device` from all others. `known`: what `look` has found.
 
     Raises LogError, WrongKey or BusyError when there is a log that must not be used.
     """
     assert config.log_dir is not None
-    lun = disk.info.name
-    if not lun:
+    if not volume:
         raise LogError(
             f"LUN {disk.number}: the device has no name (VPD page 83h) to bind a log to",
             advice="mount it without cache=log",
         )
-    folder = log_folder(config.log_dir, lun)
-    owner = state_dir() / "logs" / lun_stem(lun_name(disk))
-    evidence, now = _evidence(owner, disk, exclusive), trio.current_time()
+    folder = lun_folder(config.log_dir, volume)
+    wanted = _wanted(device, disk, volume, config)
+    owner = Owner("logs", disk)
+    found = evidence(owner, disk, None if exclusive is None else exclusive.first.found)
+    now = trio.current_time()
     store, epochs = await trio.to_thread.run_sync(
-        lambda: _open(folder, disk, config, known, evidence, now)
+        lambda: _open(folder, wanted, config, known, found, now)
     )
     try:
-        keep(owner, store.superblock.store.hex() + "\n")
-        keeper = _Keeper(store, exclusive, device)
+        owner.note(store.superblock.store)
+        keeper = Keeper(store.update, exclusive, device)
         await keeper.write(clean=False)
         if is_in_memory(folder):
             log.warning(
@@ -161,9 +128,6 @@ async def open_log(
             ordered=config.destage is Destage.ORDERED,
         ) as write_log:
             store.on_failure = lambda: _failed(write_log)
-            if exclusive is not None:
-                exclusive.on_generation(keeper.news)
-            device.on_geometry_change(lambda _: keeper.news())
             async with background(keeper.run):
                 yield write_log
         await _end(store, keeper)
@@ -171,7 +135,7 @@ async def open_log(
         store.close()
 
 
-async def _end(store: LogStore, keeper: "_Keeper") -> None:
+async def _end(store: LogStore, keeper: Keeper) -> None:
     """The target has everything. A log that can't be told so is given up; that fails no umount."""
     if store.failed is not None:
         return  # it was given up before
@@ -192,15 +156,13 @@ def _failed(write_log: WriteLog) -> None:
 
 def forget_log(disk: LunDevice) -> None:
     """A mount that writes without a log: what may be in one is out of date from now on."""
-    owner = state_dir() / "logs" / lun_stem(lun_name(disk))
-    if owner.exists():
-        keep(owner, "\n")
+    Owner("logs", disk).forget()
 
 
-def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
+def check_nothing_left(volume: str, config: CacheConfig) -> None:
     """For a mount that only reads: raises LogError when a log holds what the target lacks."""
     assert config.log_dir is not None
-    folder = log_folder(config.log_dir, disk.info.name)
+    folder = lun_folder(config.log_dir, volume)
     if (folder / NAMES[0]).exists():
         store = LogStore.open(folder, shared=True)
         store.close()
@@ -211,71 +173,32 @@ def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
             )
 
 
-class _Keeper:
-    """Keeps the superblock up to date."""
-
-    def __init__(self, store: LogStore, exclusive: Exclusive | None, device: BlockDevice) -> None:
-        self._store = store
-        self._exclusive = exclusive
-        self._device = device
-        self._news = trio.Event()
-
-    def news(self) -> None:
-        """Registrations have changed, by us, or the size."""
-        self._news.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news = trio.Event()
-            if self._store.failed is None:
-                with suppress(LogError):  # the log has ended with it, and it was said
-                    await self.write()
-
-    async def write(self, **changes: int) -> None:
-        """Some fields, the size of the LUN, and who may write to it."""
-        exclusive = self._exclusive
-        changes["size_bytes"] = self._device.geometry.size_bytes
-        if exclusive is not None and exclusive.generation >= 0:
-            changes |= {"generation": exclusive.generation, "key": exclusive.first.key}
-        else:
-            changes |= {"generation": -1, "key": 0}
-        await self._store.update(**changes)
-
-
-def _evidence(owner: Path, disk: LunDevice, exclusive: Exclusive | None) -> Evidence:
-    try:
-        known = owner.read_text().strip()
-    except OSError:
-        known = ""
-    keys = LunKeys.load(create_private(state_dir()), lun_name(disk))
-    key = keys.of(disk.session.nexus.isid)
-    return Evidence(known, None if exclusive is None else exclusive.first.found, Own(keys, key))
-
-
-def _open(
-    folder: Path,
-    disk: LunDevice,
-    config: CacheConfig,
-    known: LogStore | None,
-    evidence: Evidence,
-    now: float,
-) -> tuple[LogStore, Epochs]:
-    """Blocks. Raises LogError, WrongKey or BusyError."""
-    geometry = disk.geometry
-    wanted = new_superblock(
-        disk.info.name,
+def _wanted(device: BlockDevice, disk: LunDevice, volume: str, config: CacheConfig) -> Superblock:
+    geometry = device.geometry
+    return new_superblock(
+        volume,
         size_bytes=geometry.size_bytes,
         block_bytes=geometry.logical_block_bytes,
         log_bytes=config.log_bytes,
         target=f"{disk.session.nexus.target_name} LUN {disk.number}",
     )
+
+
+def _open(
+    folder: Path,
+    wanted: Superblock,
+    config: CacheConfig,
+    known: LogStore | None,
+    found: Evidence,
+    now: float,
+) -> tuple[LogStore, Epochs]:
+    """Blocks. Raises LogError, WrongKey or BusyError."""
     if not any((folder / name).exists() for name in NAMES):
         return LogStore.create(folder, wanted, config.passphrase), Epochs()
     store = LogStore.open(folder)
     try:
         store.unlock(config.passphrase, known)
-        epochs = _take_over(store, disk, config, evidence, now)
+        epochs = _take_over(store, wanted, None if config.log_force else found, now)
     except BaseException:
         store.close()
         raise
@@ -296,21 +219,20 @@ def _layout(block: Superblock) -> tuple[int, int]:
 
 
 def _take_over(
-    store: LogStore, disk: LunDevice, config: CacheConfig, known: Evidence, now: float
+    store: LogStore, wanted: Superblock, known: Evidence | None, now: float
 ) -> Epochs | None:
     """What is in the log; None: nothing that is needed, a new log may take its place.
 
-    With `log_force` it is replayed as far as it can be read, whatever speaks against it.
+    Without `known` it is replayed as far as it can be read, whatever speaks against it.
     """
     block, folder = store.superblock, store.folder
-    evidence = None if config.log_force else known
     if block.ended:
         return None
-    _check_owner(store, disk.info.name, disk.geometry, force=evidence is None)
+    _check_owner(store, wanted, force=known is None)
     if block.clean:
         return None
     epochs, scan = recover(store, now)
-    if scan.damage and evidence is not None:
+    if scan.damage and known is not None:
         raise LogError(
             f"log {folder}: {scan.damage}",
             advice="`orion-iscsifs cache check` tells more, `cache replay --force` writes what can"
@@ -320,8 +242,8 @@ def _take_over(
         return None
     if scan.damage:
         log.warning("log %s: %s: replayed up to there", folder, scan.damage)
-    _cut(store, epochs, disk.geometry, force=evidence is None)
-    if evidence is not None and (why := evidence.objection(block)):
+    _cut(store, epochs, wanted.size_bytes, force=known is None)
+    if known is not None and (why := known.objection(block.store, block.generation)):
         raise LogError(f"log {folder}: holds data that the target lacks, but {why}", advice=_FORCE)
     if scan.torn_bytes:
         log.warning(
@@ -329,16 +251,16 @@ def _take_over(
             " nothing that was synced is missing",
             folder,
         )
-    if evidence is not None and evidence.seen and evidence.seen.generation < block.generation:
+    if known is not None and known.seen and known.seen.generation < block.generation:
         log.warning("%s: the target was restarted since: it can't tell who wrote", folder)
     store.resume(scan)
     return epochs
 
 
-def _check_owner(store: LogStore, lun: str, geometry: Geometry, *, force: bool) -> None:
+def _check_owner(store: LogStore, wanted: Superblock, *, force: bool) -> None:
     """Raises LogError if the log is another LUN's."""
     block = store.superblock
-    if block.lun != lun:
+    if block.lun != wanted.lun:
         raise LogError(
             f"log {store.folder}: belongs to another LUN, {block.lun}",
             advice="give each LUN its own folder",
@@ -346,19 +268,19 @@ def _check_owner(store: LogStore, lun: str, geometry: Geometry, *, force: bool) 
     if block.clean:
         return
     had = f"log {store.folder}: the LUN had {block.size_bytes} bytes in blocks of"
-    has = f"it has {geometry.size_bytes} in blocks of {geometry.logical_block_bytes}"
-    if geometry.logical_block_bytes != block.block_bytes:
+    has = f"it has {wanted.size_bytes} in blocks of {wanted.block_bytes}"
+    if wanted.block_bytes != block.block_bytes:
         raise LogError(
             f"{had} {block.block_bytes}; {has}",
             advice="it can't be replayed there; `orion-iscsifs cache drop` gives it up",
         )
-    if geometry.size_bytes < block.size_bytes and not force:
+    if wanted.size_bytes < block.size_bytes and not force:
         raise LogError(f"{had} {block.block_bytes}; {has}", advice="is it the same LUN? " + _FORCE)
 
 
-def _cut(store: LogStore, epochs: Epochs, geometry: Geometry, *, force: bool) -> None:
+def _cut(store: LogStore, epochs: Epochs, size_bytes: int, *, force: bool) -> None:
     """What lies past the end of the LUN can't be replayed: said, or refused with LogError."""
-    gone = epochs.cut(geometry.size_bytes)
+    gone = epochs.cut(size_bytes)
     if not gone:
         return
     what = f"log {store.folder}: {gone} bytes in it lie past the end of the LUN, which has shrunk"

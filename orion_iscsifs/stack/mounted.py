@@ -84,6 +84,12 @@ class Stack:
             if unit.exclusive is not None:
                 unit.exclusive.unmounting()
 
+    def give_back(self) -> None:
+        """No reservation is to outlast this mount."""
+        for unit in self.units:
+            if unit.exclusive is not None:
+                unit.exclusive.give_back()
+
     def describe(self, path: str) -> Mapping[str, str]:
         """The extended attributes of a device file; none for one that has gone."""
         unit = next((unit for unit in self.units if unit.path == path), None)

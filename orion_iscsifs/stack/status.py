@@ -13,6 +13,7 @@ from orion_iscsifs.initiator.session import Session
 from orion_iscsifs.multipath.paths import path_status
 from orion_iscsifs.stack.unit import Unit
 from orion_iscsifs.stack.ways import Ways
+from orion_iscsifs.tier.tier import CompressedTier
 
 _SEVERITY: Final = {State.LOGGED_IN: 0, State.RECOVERING: 1, State.FAILED: 2, State.CLOSED: 2}
 _STATES: Final = ("ok", "recovering", "failed")
@@ -64,7 +65,7 @@ def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:
         "dirty_bytes": unit.dirty_bytes,
         "oldest_dirty_age_s": unit.oldest_dirty_age_s,
         "log": None if unit.log is None else log_status(unit.log),
-        "tier": None,
+        "tier": None if unit.tier is None else tier_status(unit.tier),
         "cache_hits": statistics.hits if statistics else 0,
         "cache_misses": statistics.misses if statistics else 0,
         **_readahead(unit.cache),
@@ -80,6 +81,18 @@ def log_status(log: WriteLog) -> dict[str, Any]:
         "used_bytes": log.store.used_bytes,
         "state": log.state,
         "sealed": block.sealing is not None,
+    }
+
+
+def tier_status(tier: CompressedTier) -> dict[str, Any]:
+    store, statistics = tier.store, tier.statistics
+    return {
+        "dir": str(store.folder),
+        "size_bytes": store.size_bytes,
+        "used_bytes": store.used_bytes,
+        "state": store.state,
+        **dataclasses.asdict(statistics),
+        "ratio": round(statistics.ratio, 3),
     }
 
 

@@ -12,10 +12,11 @@ from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
 from orion_iscsifs.initiator.lun import LunDevice
-from orion_iscsifs.stack import logs
+from orion_iscsifs.stack import logs, tiers
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
 from orion_iscsifs.stack.lunpath import Way
 from orion_iscsifs.stack.lunpaths import LunPaths
+from orion_iscsifs.tier.tier import CompressedTier
 
 
 class Unit(AbstractAsyncContextManager[object]):
@@ -42,6 +43,8 @@ class Unit(AbstractAsyncContextManager[object]):
         self.cache: WritebackCache | None = None
         self.log: WriteLog | None = None
         """The persistent log, with `cache=log`."""
+        self.tier: CompressedTier | None = None
+        """The read cache on a local disk, with `tier_dir=`, unless it can't be used."""
         self.top: BlockDevice = disk
         """What the file reads and writes."""
         self.exclusive: Exclusive | None = None
@@ -56,10 +59,11 @@ class Unit(AbstractAsyncContextManager[object]):
         """The data path, bottom first. Raises BusyError when somebody else writes to the LUN."""
         config, known_log = self._config, None
         device: BlockDevice = self.disk
+        volume = self.disk.info.name
         async with AsyncExitStack() as layers:
             layers.callback(self.disk.close)
             if config.cache.mode is CacheMode.LOG and not device.geometry.read_only:
-                known_log = await logs.look(self.disk, config.cache)
+                known_log = await logs.look(volume, config.cache)
             if wanted(config) and not device.geometry.read_only:
                 self.exclusive = await layers.enter_async_context(
                     hold(self.disk, config, self._mountpoint)
@@ -68,15 +72,22 @@ class Unit(AbstractAsyncContextManager[object]):
                 self.paths = LunPaths(self._way, self.disk, config, self.exclusive)
                 await layers.enter_async_context(self.paths)
                 device = self.paths.device
+            if config.tier is not None:
+                self.tier = await layers.enter_async_context(
+                    tiers.open_local_tier(device, self.disk, volume, self.exclusive, config)
+                )
+                device = self.tier or device
+            else:
+                tiers.forget_tier(self.disk, config)
             top = device
             cache = config.cache
             if cache.mode is CacheMode.LOG and not device.geometry.read_only:
                 self.log = await layers.enter_async_context(
-                    logs.open_log(device, self.disk, self.exclusive, cache, known_log)
+                    logs.open_log(device, self.disk, volume, self.exclusive, cache, known_log)
                 )
                 top = self.log
             elif cache.mode is CacheMode.LOG:
-                logs.check_nothing_left(self.disk, cache)
+                logs.check_nothing_left(volume, cache)
             elif not device.geometry.read_only:
                 logs.forget_log(self.disk)
             if cache.mode is not CacheMode.NONE:

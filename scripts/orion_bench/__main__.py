@@ -6,15 +6,24 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from orion_bench.appends import appends_as_json, measure_appends, print_appends
-from orion_bench.measure import Figure, measure
-from orion_bench.report import OURS, THEIRS, as_json, print_table
+from orion_bench.measure import measure_rounds
+from orion_bench.report import OURS, THEIRS, Results, as_json, print_table
+from orion_bench.rereads import (
+    fill_compressible,
+    fill_tier,
+    forget_pages,
+    sides_with_tier,
+    used_bytes,
+    workloads_at,
+)
 from orion_bench.sides import Lun, OrionSide, QemuSide, Side
 from orion_bench.workloads import BY_NAME, MEBIBYTE, Workload
 from orion_iscsifs.testing.netsim import TcpProxy
@@ -42,9 +51,11 @@ def fill(path: Path, size_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def served_lun(folder: Path, size_bytes: int, *, distant: bool) -> Iterator[Lun]:
+def served_lun(
+    folder: Path, size_bytes: int, *, distant: bool, content: Callable[[Path, int], None] = fill
+) -> Iterator[Lun]:
     backing = folder / "backing.img"
-    fill(backing, size_bytes)
+    content(backing, size_bytes)
     with contextlib.ExitStack() as stack:
         daemon = stack.enter_context(Tgt(folder))
         target = daemon.add_target(IQN)
@@ -100,6 +111,12 @@ def _terminate(_number: int, _frame: object) -> None:
     is_flag=True,
     help="append+fsync on ext4 over a loop device, for every cache= of ours; needs root.",
 )
+@click.option(
+    "--tier",
+    "rereads",
+    is_flag=True,
+    help="Read again after a remount, from a tier on a local disk; 5 ms unless --delays is given.",
+)
 @click.option("--json", "as_document", is_flag=True, help="One JSON document on stdout.")
 def main(
     workloads: list[Workload],
@@ -113,6 +130,7 @@ def main(
     options: tuple[str, ...],
     delays: list[float],
     appends: bool,
+    rereads: bool,
     as_document: bool,
 ) -> None:
     """Measure this project's mount next to qemu-storage-daemon's FUSE export of the same LUN.
@@ -120,65 +138,89 @@ def main(
     The LUN is a file in memory served by a tgtd of the benchmark's own. Rounds alternate between
     the two sides; the table shows medians and the ratio.
     """
-    progress = Console(stderr=True)
     signal.signal(signal.SIGTERM, _terminate)
+    if appends:
+        delays = delays or [0.001, 0.005, 0.020]
+    if rereads:
+        delays = delays or [0.005]
     memory = Path("/dev/shm")  # noqa: S108 - a folder of our own inside it
     with (
         temporary_folder(memory) as folder,
-        served_lun(folder, lun_mib * MEBIBYTE, distant=bool(delays or appends)) as lun,
+        served_lun(
+            folder,
+            lun_mib * MEBIBYTE,
+            distant=bool(delays),
+            content=fill_compressible if rereads else fill,
+        ) as lun,
     ):
+        run = Run(lun, folder, rounds, seconds, delays, as_document)
         if appends:
-            delays = delays or [0.001, 0.005, 0.020]
-            # The log belongs on a disk: a sync in memory costs nothing.
-            with temporary_folder(Path(tempfile.gettempdir())) as log_dir:
-                latencies = measure_appends(lun, folder, log_dir, delays, rounds, seconds, progress)
-            if as_document:
-                click.echo(appends_as_json(latencies))
-            else:
-                print_appends(Console(width=140), latencies)
-            return
-        known: dict[str, Side] = {
-            OURS: OrionSide(lun, folder, cache, cache_size, small_cache_size, options),
-            THEIRS: QemuSide(lun, folder),
-        }
-        names = sides.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise click.BadParameter(f"no side {unknown[0]!r}; there are {', '.join(known)}")
-        if delays:
-            workloads = [workload.at(delay_s) for delay_s in delays for workload in workloads]
-        results = run_rounds(
-            workloads, [known[name] for name in names], rounds, seconds, progress=progress
+            _compare_appends(run)
+        elif rereads:
+            _compare_rereads(run, options)
+        else:
+            ours = OrionSide(lun, folder, cache, cache_size, small_cache_size, options)
+            known: dict[str, Side] = {OURS: ours, THEIRS: QemuSide(lun, folder)}
+            names = sides.split(",")
+            if unknown := [name for name in names if name not in known]:
+                raise click.BadParameter(f"no side {unknown[0]!r}; there are {', '.join(known)}")
+            _compare(run, workloads, [known[name] for name in names])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all comparisons have in common. Times in seconds."""
+
+    lun: Lun
+    folder: Path
+    rounds: int
+    seconds: float
+    delays: list[float]
+    as_document: bool
+    progress: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def show(self, workloads: list[Workload], results: Results) -> None:
+        if self.as_document:
+            click.echo(as_json(workloads, results))
+        else:
+            print_table(Console(width=140), workloads, results)
+
+
+def _compare(run: Run, workloads: list[Workload], sides: list[Side]) -> None:
+    if run.delays:
+        workloads = [workload.at(delay_s) for delay_s in run.delays for workload in workloads]
+    results = measure_rounds(workloads, sides, run.rounds, run.seconds, progress=run.progress)
+    run.show(workloads, results)
+
+
+def _compare_appends(run: Run) -> None:
+    # The log belongs on a disk: a sync in memory costs nothing.
+    with temporary_folder(Path(tempfile.gettempdir())) as log_dir:
+        latencies = measure_appends(
+            run.lun, run.folder, log_dir, run.delays, run.rounds, run.seconds, run.progress
         )
-    if as_document:
-        click.echo(as_json(workloads, results))
+    if run.as_document:
+        click.echo(appends_as_json(latencies))
     else:
-        print_table(Console(width=140), workloads, results)
+        print_appends(Console(width=140), latencies)
 
 
-def run_rounds(
-    workloads: list[Workload],
-    sides: list[Side],
-    rounds: int,
-    seconds: float,
-    *,
-    progress: Console,
-) -> dict[str, dict[str, list[Figure]]]:
-    """Every workload on every side, `rounds` times; neighbours in time are the two sides."""
-    results: dict[str, dict[str, list[Figure]]] = {
-        workload.name: {side.name: [] for side in sides} for workload in workloads
-    }
-    for number in range(1, rounds + 1):
-        for workload in workloads:
-            # Who goes first changes, so that neither profits from its place.
-            for side in sides if number % 2 else reversed(sides):
-                figure = measure(side, workload, seconds=seconds)
-                results[workload.name][side.name].append(figure)
-                progress.print(
-                    f"round {number}  {workload.name:24} {side.name:14}"
-                    f" {figure.rate:>10,.0f} {workload.unit.value}",
-                    highlight=False,
-                )
-    return results
+def _compare_rereads(run: Run, options: tuple[str, ...]) -> None:
+    workloads = workloads_at(run.delays)
+    with temporary_folder(Path(tempfile.gettempdir())) as tier_dir:
+        fill_tier(run.lun, run.folder, tier_dir, options)
+        results = measure_rounds(
+            workloads,
+            sides_with_tier(run.lun, run.folder, tier_dir, options),
+            run.rounds,
+            run.seconds,
+            progress=run.progress,
+            before=lambda: forget_pages(tier_dir),
+        )
+        used = used_bytes(tier_dir) // MEBIBYTE
+    size = run.lun.backing.stat().st_size // MEBIBYTE
+    run.progress.print(f"the tier: {used} MiB for {size} MiB", highlight=False)
+    run.show(workloads, results)
 
 
 if __name__ == "__main__":

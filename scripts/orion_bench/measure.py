@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
+
+from rich.console import Console
 
 from orion_bench.sides import Side
 from orion_bench.workloads import MEBIBYTE, Unit, Workload
@@ -30,6 +33,37 @@ class Figure:
     p99_us: float
 
 
+def measure_rounds(
+    workloads: Sequence[Workload],
+    sides: Sequence[Side],
+    rounds: int,
+    seconds: float,
+    *,
+    progress: Console,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, list[Figure]]]:
+    """Every workload on every side, `rounds` times; neighbours in time are the two sides.
+
+    `before` is called before each measurement.
+    """
+    results: dict[str, dict[str, list[Figure]]] = {
+        workload.name: {side.name: [] for side in sides} for workload in workloads
+    }
+    for number in range(1, rounds + 1):
+        for workload in workloads:
+            # Who goes first changes, so that neither profits from its place.
+            for side in sides if number % 2 else reversed(sides):
+                before()
+                figure = measure(side, workload, seconds=seconds)
+                results[workload.name][side.name].append(figure)
+                progress.print(
+                    f"round {number}  {workload.name:24} {side.name:14}"
+                    f" {figure.rate:>10,.0f} {workload.unit.value}",
+                    highlight=False,
+                )
+    return results
+
+
 def measure(side: Side, workload: Workload, *, seconds: float) -> Figure:
     """Mount, warm the cache if the workload asks for it, run fio, make it durable, unmount."""
     if workload.round_trip_s is not None:
@@ -37,7 +71,7 @@ def measure(side: Side, workload: Workload, *, seconds: float) -> Figure:
     with side.mounted(workload) as file:
         span_bytes = workload.span_bytes or file.stat().st_size
         if workload.warm:
-            _read_through(file, span_bytes)
+            read_through(file, span_bytes)
         figure = _run_fio(file, workload, span_bytes=span_bytes, seconds=seconds)
         if workload.writes:
             _make_durable(file)
@@ -74,7 +108,8 @@ def _run_fio(file: Path, workload: Workload, *, span_bytes: int, seconds: float)
     )
 
 
-def _read_through(file: Path, span_bytes: int) -> None:
+def read_through(file: Path, span_bytes: int) -> None:
+    """Read all of it once, past the kernel's cache."""
     count = str(span_bytes // MEBIBYTE)
     run(["dd", f"if={file}", "of=/dev/null", "bs=1M", f"count={count}", "iflag=direct"])
 

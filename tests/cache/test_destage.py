@@ -6,8 +6,8 @@ import pytest
 import trio
 import trio.testing
 
+from orion_iscsifs.block.pages import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.cache.destage import IN_FLIGHT_MAX_BYTES, WORKERS
-from orion_iscsifs.cache.frames import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.errors import ConnectionLost, DeviceError, ReplacementTimedOut, ScsiError
 from tests.cache.helpers import KIB, MIB, Rig, rig
 

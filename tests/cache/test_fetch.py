@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from orion_iscsifs.cache.frames import FRAME_BYTES, PAGE_BYTES
+from orion_iscsifs.block.pages import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.config import CacheMode
 from orion_iscsifs.errors import OrionError, ScsiError
 from tests.cache.helpers import KIB, MIB, rig

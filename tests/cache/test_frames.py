@@ -3,15 +3,15 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orion_iscsifs.cache.claims import bridged, claim, first_absent_run, give_up
-from orion_iscsifs.cache.frames import (
+from orion_iscsifs.block.pages import (
     FRAME_BYTES,
     PAGE_BYTES,
-    FrameTable,
     page_runs,
     pages_covered,
     pages_touched,
 )
+from orion_iscsifs.cache.claims import bridged, claim, first_absent_run, give_up
+from orion_iscsifs.cache.frames import FrameTable
 from orion_iscsifs.cache.statistics import CacheStatistics
 
 

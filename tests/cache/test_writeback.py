@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from orion_iscsifs.block.device import Geometry
-from orion_iscsifs.cache.frames import FRAME_BYTES
+from orion_iscsifs.block.pages import FRAME_BYTES
 from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.config import CacheConfig, CacheMode
 from orion_iscsifs.errors import DeviceError, OutOfRange, ScsiError, UsageError, WriteProtected

@@ -74,6 +74,9 @@ class FakeStack:
     def unmounting(self) -> None:
         """Nobody waits for it."""
 
+    def give_back(self) -> None:
+        """There is no reservation."""
+
     async def end_earlier(self) -> list[str]:
         return []
 

@@ -37,7 +37,7 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["mount", "host/iqn", "/x"], 2, "this is not a URL"),
         (["host/iqn", "/x"], 2, "this is not a URL"),
         (["mount", URL, "/x", "-o", "cahce=none"], 2, "did you mean cache?"),
-        (["mount", URL + "?tier_dir=/x", "/x"], 2, "not in this version"),
+        (["mount", URL + "?audit_log=/x", "/x"], 2, "not in this version"),
         ([URL, "/x", "-o", "chap_user=u"], 2, "the secret is missing"),
         (["mount", URL, "/nonexistent/mnt"], 32, "does not exist (mkdir /nonexistent/mnt)"),
         (["mount", URL, "/etc/passwd"], 32, "is not a directory"),

@@ -85,6 +85,9 @@ def make(device: BlockDevice) -> daemon.Daemon:
         def unmounting(self) -> None:
             """Nobody waits for it."""
 
+        def give_back(self) -> None:
+            """There is no reservation."""
+
         async def end_earlier(self) -> list[str]:
             return []
 
@@ -120,6 +123,19 @@ async def test_a_broken_file_system_is_reported_after_the_flush(device: Device) 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.run, break_it)
     assert caught.group_contains(RuntimeError, match="the loop broke")
+    assert device.flushes == 1
+
+
+async def test_one_that_is_unmounted_before_it_is_ready_has_ended_in_order(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unmounted_at_once(mount: NoMount, *, task_status: object) -> None:
+        mount.ended.set()
+
+    monkeypatch.setattr(NoMount, "serve", unmounted_at_once)
+    readied: list[bool] = []
+    await make(device).run(lambda: readied.append(True))
+    assert readied
     assert device.flushes == 1
 
 

@@ -1,0 +1,1 @@
+"""The compressed read cache on a local disk, as a device (docs/tier-format.md)."""

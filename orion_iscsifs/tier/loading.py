@@ -1,0 +1,146 @@
+"""The index of a tier, made again from the journals of its segments. Blocks: run it in a thread.
+
+The journals are read in the order of the segments' numbers, and each entry does to the index what
+it did when it was written. That comes to the same index, because
+
+* segments go the oldest first, so the oldest that is left had only older ones before it: what they
+  had in the index went with them, and an INVALIDATE that went with them had nothing to act on but
+  what is gone as well;
+* an entry is in the journal before the index has what it says, and an INVALIDATE before the device
+  may have changed: there is no state of the device that the journal does not know of.
+
+Hence the other way round: where a part of the journal is missing or damaged, *nothing that is older
+may be believed*, for what is missing may have been the INVALIDATE for it. What is newer may. And if
+the end is not where it should be, nothing is left.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from orion_iscsifs.errors import OrionError
+from orion_iscsifs.localstore.seal import Seal
+from orion_iscsifs.tier import index as rows
+from orion_iscsifs.tier import journal, record
+from orion_iscsifs.tier.index import FRAME_NUMBER_MAX, Index
+from orion_iscsifs.tier.journal import DamagedJournal, Entry, Kind, Scribe
+from orion_iscsifs.tier.segments import SegmentFiles
+from orion_iscsifs.tier.superblock import TierSuperblock
+
+
+@dataclass
+class Loaded:
+    """What was found."""
+
+    index: Index
+    numbers: list[int] = field(default_factory=list)
+    """Of the segments that count, ascending, without a gap."""
+    ends: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of each: how many entries its journal has, and where its next record goes."""
+    dropped: str = ""
+    """Why something in it does not count; empty: everything does."""
+
+    def trim(self, segments_max: int) -> None:
+        """Leave out what was made ahead and not used, and what is too much."""
+        while self.numbers and not self.ends[self.numbers[-1]][0]:
+            self.index.forget(self.numbers.pop())
+        while len(self.numbers) > segments_max:
+            self.index.forget(self.numbers.pop(0))
+
+
+class Loader:
+    """Reads one tier."""
+
+    def __init__(self, files: SegmentFiles, block: TierSuperblock, seal: Seal | None) -> None:
+        self._files = files
+        self._block = block
+        self._seal = seal
+        self._found = self._nothing("")
+
+    def load(self) -> Loaded:
+        """All that may be believed. Raises OSError."""
+        block = self._block
+        for number in self._files.numbers():
+            if number > block.newest:
+                continue  # made ahead, and never used
+            numbers = self._found.numbers
+            if numbers and number != numbers[-1] + 1:
+                self._found = self._nothing(f"segment {numbers[-1] + 1} is missing")
+            try:
+                self._read(number)
+            except DamagedJournal as error:
+                self._found = self._nothing(f"segment {number}: {error}")
+        found = self._found
+        if block.newest >= 0 and (not found.numbers or found.numbers[-1] != block.newest):
+            return self._nothing(found.dropped or f"segment {block.newest} is missing")
+        if block.clean and found.numbers and found.ends[block.newest][0] != block.entries:
+            return self._nothing(f"the journal of segment {block.newest} is not whole")
+        return found
+
+    def _nothing(self, why: str) -> Loaded:
+        block = self._block
+        return Loaded(Index(block.segments * journal.records_max(block.segment_bytes)), dropped=why)
+
+    def _read(self, number: int) -> None:
+        block, found = self._block, self._found
+        descriptor = os.open(self._files.path(number), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            start = journal.records_start(block.segment_bytes)
+            head = os.pread(descriptor, start, 0)
+        finally:
+            os.close(descriptor)
+        header = journal.decode_header(block.store, head[: journal.PAGE_BYTES])
+        expected = number, journal.entries_max(block.segment_bytes)
+        if header is None or (header.number, header.entries_max) != expected:
+            raise DamagedJournal("its header is damaged, or another store's")
+        if size != block.segment_bytes or len(head) != start:
+            raise DamagedJournal("it is not of the right size")
+        found.index.begin(number)
+        found.numbers.append(number)
+        scribe = Scribe(block.store, number)
+        ordinal, position = 0, start
+        for entry in scribe.entries(memoryview(head)[journal.PAGE_BYTES :]):
+            if self._seal is not None and entry.kind != Kind.FRAME:
+                _check_tag(self._seal, scribe, ordinal, entry)
+            position = max(position, self._apply(number, position, entry))
+            ordinal += 1
+        found.ends[number] = ordinal, position
+        found.index.end(number)
+
+    def _apply(self, number: int, position: int, entry: Entry) -> int:
+        """Where its record ends; 0: it has none."""
+        index, (kind, valid, stored, where, place, *_) = self._found.index, entry
+        if kind == Kind.INVALIDATE:
+            apply_range(index, where, place)
+            return 0
+        size = record.record_bytes(stored) if kind == Kind.FRAME else 0
+        if (
+            where > FRAME_NUMBER_MAX
+            or stored > record.STORED_MAX_BYTES
+            or index.count(number) >= rows.ROWS_MAX
+            or (size and place < position)
+            or place + size > self._block.segment_bytes
+            or place % record.ALIGN_BYTES
+        ):
+            raise DamagedJournal("an entry has numbers that can't be")
+        index.put(number, where, place, size, valid, 0 if size else rows.ZERO)
+        return place + size
+
+
+def _check_tag(seal: Seal, scribe: Scribe, ordinal: int, entry: Entry) -> None:
+    try:
+        seal.decrypt(entry.life, entry.seq, scribe.tagged(ordinal, entry), entry.tag)
+    except OrionError:
+        raise DamagedJournal("an entry is not what was sealed") from None
+
+
+def apply_range(index: Index, offset: int, length: int) -> None:
+    """An INVALIDATE, all at once."""
+    span = offset, offset + length
+    if not length:
+        return
+    if index.is_few(span):
+        index.remove_range(span)
+    else:
+        for number in index.numbers:
+            index.remove_range_in(number, span)

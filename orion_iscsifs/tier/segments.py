@@ -1,0 +1,99 @@
+"""The files of a tier: segments by number, and descriptors to read them with.
+
+A segment is made whole (reserved on the disk) before it is used, and removed as a whole: the name
+is its number, and no number comes again. So a reader that still holds the file of a segment that
+has gone finds in it what was always there.
+
+Everything here blocks but for a moment (`descriptor`) or longer.
+"""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Final
+
+from orion_iscsifs.localstore.superblock import NAMES
+from orion_iscsifs.tier import journal
+from orion_iscsifs.tier.superblock import TierSuperblock
+
+DESCRIPTORS_MAX: Final = 64
+"""Kept open to read from; a tier may have thousands of segments."""
+PATTERN: Final = "rseg-*"
+
+
+class SegmentFiles:
+    """Of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def path(self, number: int) -> Path:
+        return self.folder / journal.file_name(number)
+
+    def numbers(self) -> list[int]:
+        """Of the files that are there, ascending."""
+        found = []
+        for path in self.folder.glob(PATTERN):
+            try:
+                number = int(path.name.removeprefix("rseg-"), 16)
+            except ValueError:
+                continue
+            if path.name == journal.file_name(number):
+                found.append(number)
+        return sorted(found)
+
+    def make(self, block: TierSuperblock, number: int) -> int:
+        """A new segment, all of it reserved; a descriptor to write to it. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        descriptor = os.open(self.path(number), flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, block.segment_bytes)
+            header = journal.SegmentHeader(
+                number, block.life, journal.entries_max(block.segment_bytes)
+            )
+            os.pwrite(descriptor, journal.encode_header(block.store, header), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def remove(self, number: int) -> None:
+        """Raises OSError. It may be gone already."""
+        self.path(number).unlink(missing_ok=True)
+
+    def descriptor(self, number: int) -> int:
+        """To read with, until the next call of any method here. Raises OSError."""
+        found = self._open.get(number)
+        if found is None:
+            found = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) >= DESCRIPTORS_MAX:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[number] = found
+        else:
+            self._open.move_to_end(number)
+        return found
+
+    def close(self, number: int) -> None:
+        """Nobody reads from this segment any more."""
+        descriptor = self._open.pop(number, -1)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def close_all(self) -> None:
+        for number in list(self._open):
+            self.close(number)
+
+
+def remove_all(folder: Path) -> None:
+    """The superblocks first: without them nothing is believed. Raises OSError."""
+    for name in NAMES:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(PATTERN):
+        path.unlink()
+
+
+def truncate_all(folder: Path) -> None:
+    """The weakest way to make the segments unbelievable: it needs no room. Raises OSError."""
+    for path in folder.glob(PATTERN):
+        os.truncate(path, 0)
