@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-from orion_iscsifs.config.secrets import length_warnings, read_secret_file
+from orion_iscsifs.config.secrets import length_warnings, read_key_file, read_secret_file
 from orion_iscsifs.config.settings import (
     LOG_BYTES_MIN,
     AuthConfig,
@@ -17,6 +17,7 @@ from orion_iscsifs.config.settings import (
     Destage,
     DigestPreference,
     FuseConfig,
+    LuksConfig,
     MountConfig,
     MultipathConfig,
     PathPolicy,
@@ -62,10 +63,32 @@ def build(
         session=_session(reader, default_name, tls=tls),
         multipath=_multipath(reader),
         reserve=_reserve(reader),
+        luks=_luks(reader),
         cache=_cache(reader),
         fuse=_fuse(reader),
     )
+    _check_sealed(config)
     return config, reader.warnings
+
+
+def _luks(reader: _Reader) -> LuksConfig | None:
+    path = _absolute(reader.text("luks_key_file"))
+    if path is None:
+        return None
+    passphrase, warnings = read_key_file("luks_key_file", Path(path))
+    reader.warnings += warnings
+    return LuksConfig(key_file=path, passphrase=passphrase)
+
+
+def _check_sealed(config: MountConfig) -> None:
+    """What is encrypted on the target must not lie in the clear on a local disk."""
+    if config.luks is None or config.cache.key_file is not None:
+        return
+    if config.cache.mode is CacheMode.LOG:
+        raise UsageError(
+            "option cache=log: with luks_key_file= the log would hold the plaintext",
+            advice="seal it with cache_key_file=FILE, or use another cache mode",
+        )
 
 
 def _session(reader: _Reader, default_name: Callable[[], str], *, tls: bool) -> SessionConfig:

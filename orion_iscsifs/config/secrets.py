@@ -4,7 +4,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from orion_iscsifs.config.settings import Secret
+from orion_iscsifs.config.settings import Secret, SecretBytes
 from orion_iscsifs.errors import UsageError
 
 SECRET_BYTES_SENSIBLE: Final = 12
@@ -28,6 +28,27 @@ def read_secret_file(option: str, path: Path) -> tuple[Secret, list[str]]:
     if mode & stat.S_IROTH:
         warnings.append(f"{option} {path}: every user can read it (chmod 600 {path})")
     return Secret(secret), warnings
+
+
+KEY_FILE_BYTES_MAX: Final = 8 << 20
+"""cryptsetup's limit, too."""
+
+
+def read_key_file(option: str, path: Path) -> tuple[SecretBytes, list[str]]:
+    """All of the file, newlines included, and warnings for the user."""
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            content = SecretBytes(file.read(KEY_FILE_BYTES_MAX + 1))
+    except OSError as error:
+        raise UsageError(f"{option} {path}: can't be read: {error.strerror}") from None
+    if not content:
+        raise UsageError(f"{option} {path}: the file is empty")
+    if len(content) > KEY_FILE_BYTES_MAX:
+        raise UsageError(f"{option} {path}: more than {KEY_FILE_BYTES_MAX} bytes")
+    if mode & stat.S_IROTH:
+        return content, [f"{option} {path}: every user can read it (chmod 600 {path})"]
+    return content, []
 
 
 def length_warnings(what: str, secret: Secret) -> list[str]:

@@ -33,6 +33,23 @@ class Secret(str):
         return str.__str__(self)
 
 
+class SecretBytes(bytes):
+    """As `Secret`, of bytes: what a key file holds."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+    def __format__(self, _spec: str) -> str:
+        return "***"
+
+    def reveal(self) -> bytes:
+        return bytes(memoryview(self))
+
+
 class ChapAlgorithm(enum.IntEnum):
     """CHAP_A values (RFC 7143 §12.1.3 and IANA's PPP authentication algorithms)."""
 
@@ -160,6 +177,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Absolute; of the persistent logs, a folder in it for each LUN."""
     log_bytes: int = 1 << 30
     destage: Destage = Destage.ORDERED
+    key_file: str | None = None
+    """Seals the log and the tier."""
     log_force: bool = False
     """Replay a log that is damaged, as far as it goes, or that may be out of date."""
 
@@ -178,6 +197,15 @@ class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
     gid: int | None = None
     mode: int = 0o600
     hide_control: bool = False
+
+
+class LuksConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Every LUN is a LUKS volume. Read once: a worker that takes over does not need the file."""
+
+    key_file: str
+    """Absolute."""
+    passphrase: SecretBytes
+    """All that was in it."""
 
 
 class MultipathConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +241,8 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     session: SessionConfig
     multipath: MultipathConfig = MultipathConfig()
     reserve: ReserveConfig = ReserveConfig()
+    luks: LuksConfig | None = None
+    """None: the device files show what is on the LUNs."""
     cache: CacheConfig = CacheConfig()
     fuse: FuseConfig = FuseConfig()
 

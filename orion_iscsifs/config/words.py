@@ -78,6 +78,9 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "failback": Option(
         values.failback, "=immediate|manual|S", "when I/O goes back to a better path (immediate)"
     ),
+    "luks_key_file": Option(
+        values.nonempty, "=FILE", "the LUN is a LUKS volume; all of FILE is the passphrase"
+    ),
     "reserve": Option(
         values.choice(*ReserveMode),
         "=WORD",
@@ -125,7 +128,6 @@ LATER: Final[Mapping[str, str]] = {
     "tier_level": "the local read tier",
     "tier_reuse": "the local read tier",
     "cache_key_file": "sealing of local data",
-    "luks_key_file": "LUKS volumes",
     "metrics_listen": "the metrics endpoint",
     "audit_log": "the audit log",
 }

@@ -11,6 +11,7 @@ from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
+from orion_iscsifs.crypt.opening import open_luks
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.stack import logs
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
@@ -66,6 +67,9 @@ class Unit(AbstractAsyncContextManager[object]):
                 self.paths = LunPaths(self._way, self.disk, config, self.exclusive)
                 await layers.enter_async_context(self.paths)
                 device = self.paths.device
+            if config.luks is not None:
+                passphrase = config.luks.passphrase.reveal()
+                device = await open_luks(device, passphrase, self.path)
             top = device
             cache = config.cache
             if cache.mode is CacheMode.LOG and not device.geometry.read_only:
