@@ -42,8 +42,12 @@ PIECE_BYTES: Final = 1 << 20
 class LuksDevice:
     """A `BlockDevice` over a `BlockDevice`."""
 
-    def __init__(self, device: BlockDevice, payload: Payload, key: Buffer) -> None:
+    def __init__(
+        self, device: BlockDevice, payload: Payload, key: Buffer, *, uuid: str = ""
+    ) -> None:
         """Raises LuksError where the payload does not fit the device."""
+        self.uuid: Final = uuid
+        """Of the volume, as its header has it."""
         self._device = device
         self._payload = payload
         self._offset: Final = payload.offset_bytes

@@ -18,7 +18,6 @@ from orion_iscsifs.crypt.headers import Header
 from orion_iscsifs.crypt.kdf import KeyDigest, Pbkdf2
 from orion_iscsifs.crypt.keys import Costs
 from orion_iscsifs.crypt.luks1 import Luks1
-from orion_iscsifs.crypt.luks2 import Luks2
 from orion_iscsifs.crypt.volume import Slot, Volume
 from orion_iscsifs.errors import UsageError
 
@@ -35,7 +34,7 @@ class Format:
     sector_bytes: int | None = None
     """Of the payload; None: 4096 where that fits the device, else 512."""
     key_bytes: int = 64
-    costs: Costs = Costs()
+    costs: Costs
     label: str = ""
     force: bool = False
 

@@ -6,7 +6,7 @@ below, each of whose values is bounded before it is used. Sizes are decimal numb
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
@@ -14,6 +14,7 @@ from orion_iscsifs.crypt.errors import LuksError
 from orion_iscsifs.crypt.kdf import Argon2, Kdf, KeyDigest, Pbkdf2, check_hash
 from orion_iscsifs.crypt.volume import ENCRYPTION, OFFSET_BYTES_MAX, Payload, Slot, Volume
 
+T = TypeVar("T")
 SLOTS_MAX: Final = 32
 
 _Number = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,19}$")]
@@ -102,8 +103,7 @@ class _Metadata(msgspec.Struct, frozen=True):
 
 def decode(text: bytes) -> dict[str, Any]:
     """The text as it is. Raises LuksError."""
-    raw: dict[str, Any] = _decoded(text, dict[str, Any])
-    return raw
+    return _decoded(text, dict[str, Any])
 
 
 def encode(raw: dict[str, Any]) -> bytes:
@@ -218,7 +218,7 @@ def new(
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def _decoded(text: bytes, kind: Any) -> Any:
+def _decoded(text: bytes | msgspec.Raw, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -6,7 +6,7 @@ from orion_iscsifs.block.align import AlignedDevice
 from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.crypt import headers, keys
 from orion_iscsifs.crypt.device import LuksDevice
-from orion_iscsifs.crypt.errors import WrongPassphrase
+from orion_iscsifs.crypt.errors import LuksError, WrongPassphrase
 
 log = logging.getLogger(__name__)
 
@@ -16,20 +16,27 @@ async def open_luks(device: BlockDevice, passphrase: bytes, what: str) -> LuksDe
 
     Raises LuksError, in words for the user. Nothing is written.
     """
+    try:
+        return await _open(device, passphrase, what)
+    except WrongPassphrase as error:
+        advice = newline_advice(passphrase)
+        raise WrongPassphrase(f"{what}: {error}", advice=advice) from None
+    except LuksError as error:
+        raise type(error)(f"{what}: {error}", advice=error.advice) from None
+
+
+async def _open(device: BlockDevice, passphrase: bytes, what: str) -> LuksDevice:
     aligned = AlignedDevice(device)
     header = await headers.load(aligned)
     if header.damage:
         log.warning(
-            "%s: %s: the other one is used; `orion-iscsifs luks add-key` writes both anew",
+            "%s: LUKS2: %s: the other one is used; `orion-iscsifs luks add-key` writes both anew",
             what,
             header.damage,
         )
     volume = header.volume
-    try:
-        _, key = await keys.unlock(aligned, volume, passphrase)
-    except WrongPassphrase as error:
-        raise WrongPassphrase(str(error), advice=newline_advice(passphrase)) from None
-    return LuksDevice(device, volume.payload, key)
+    _, key = await keys.unlock(aligned, volume, passphrase)
+    return LuksDevice(device, volume.payload, key, uuid=volume.uuid)
 
 
 def newline_advice(passphrase: bytes) -> str:

@@ -85,9 +85,15 @@ class Evidence:
 
 @asynccontextmanager
 async def open_log(
-    device: BlockDevice, disk: LunDevice, exclusive: Exclusive | None, config: CacheConfig
+    device: BlockDevice,
+    disk: LunDevice,
+    exclusive: Exclusive | None,
+    config: CacheConfig,
+    volume: str = "",
 ) -> AsyncIterator[WriteLog]:
     """The device with its log in front, for the time of the body.
+
+    `volume`: what on the LUN the log is of; what was written to one must not go to another.
 
     Raises LogError or BusyError when there is a log that must not be used.
     """
@@ -101,7 +107,7 @@ async def open_log(
     folder = log_folder(config.log_dir, lun)
     owner = state_dir() / "logs" / lun_stem(lun_name(disk))
     store, epochs = await trio.to_thread.run_sync(
-        _open, folder, disk, config, _evidence(owner, disk, exclusive), trio.current_time()
+        _open, folder, disk, config, _evidence(owner, disk, exclusive), trio.current_time(), volume
     )
     try:
         keep(owner, store.superblock.store.hex() + "\n")
@@ -196,12 +202,17 @@ def _evidence(owner: Path, disk: LunDevice, exclusive: Exclusive | None) -> Evid
 
 
 def _open(
-    folder: Path, disk: LunDevice, config: CacheConfig, evidence: Evidence, now: float
+    folder: Path,
+    disk: LunDevice,
+    config: CacheConfig,
+    evidence: Evidence,
+    now: float,
+    volume: str = "",
 ) -> tuple[LogStore, Epochs]:
     """Blocks. Raises LogError or BusyError."""
     geometry = disk.geometry
     wanted = new_superblock(
-        disk.info.name,
+        disk.info.name + volume,
         size_bytes=geometry.size_bytes,
         block_bytes=geometry.logical_block_bytes,
         log_bytes=config.log_bytes,

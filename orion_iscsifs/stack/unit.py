@@ -57,6 +57,7 @@ class Unit(AbstractAsyncContextManager[object]):
         """The data path, bottom first. Raises BusyError when somebody else writes to the LUN."""
         config = self._config
         device: BlockDevice = self.disk
+        volume = ""
         async with AsyncExitStack() as layers:
             layers.callback(self.disk.close)
             if wanted(config) and not device.geometry.read_only:
@@ -69,12 +70,13 @@ class Unit(AbstractAsyncContextManager[object]):
                 device = self.paths.device
             if config.luks is not None:
                 passphrase = config.luks.passphrase.reveal()
-                device = await open_luks(device, passphrase, self.path)
+                device = luks = await open_luks(device, passphrase, self.path)
+                volume = f" LUKS {luks.uuid}"
             top = device
             cache = config.cache
             if cache.mode is CacheMode.LOG and not device.geometry.read_only:
                 self.log = await layers.enter_async_context(
-                    logs.open_log(device, self.disk, self.exclusive, cache)
+                    logs.open_log(device, self.disk, self.exclusive, cache, volume)
                 )
                 top = self.log
             elif cache.mode is CacheMode.LOG:
