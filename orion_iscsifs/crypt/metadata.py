@@ -83,6 +83,13 @@ class _Digest(msgspec.Struct, frozen=True):
     iterations: _Count = 0
 
 
+class _Token(msgspec.Struct, frozen=True):
+    """Somebody else's; all that we do with it is to take a removed key slot out."""
+
+    type: str
+    keyslots: list[_Id] = []
+
+
 class _Requirements(msgspec.Struct, frozen=True):
     mandatory: list[str] = []
 
@@ -99,6 +106,7 @@ class _Metadata(msgspec.Struct, frozen=True):
     segments: dict[_Id, _Segment]
     digests: dict[_Id, _Digest]
     config: _Config
+    tokens: dict[_Id, _Token] = {}
 
 
 def decode(text: bytes) -> dict[str, Any]:

@@ -39,11 +39,12 @@ class Slot:
     """2 is tried first, 0 never unless it is asked for."""
 
     def __post_init__(self) -> None:
-        if self.key_bytes not in KEY_BYTES or self.area_key_bytes not in KEY_BYTES:
-            raise LuksError(
-                f"LUKS key slot {self.number}: a key of {self.key_bytes} bytes for {ENCRYPTION}:"
-                " 32 or 64"
-            )
+        for length in (self.key_bytes, self.area_key_bytes):
+            if length not in KEY_BYTES:
+                raise LuksError(
+                    f"LUKS key slot {self.number}: a key of {length} bytes for {ENCRYPTION}:"
+                    " 32 or 64"
+                )
         if not 1 <= self.stripes <= antiforensic.STRIPES_MAX:
             raise LuksError(f"LUKS key slot {self.number}: {self.stripes} stripes")
         if self.material_bytes > self.room_bytes or self.offset_bytes > OFFSET_BYTES_MAX:

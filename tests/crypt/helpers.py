@@ -58,8 +58,16 @@ async def volume(
     pbkdf: PbkdfName = "pbkdf2",
     block_bytes: int = 512,
 ) -> MemoryDevice:
-    """A disk with a volume on it that opens with PASSPHRASE."""
+    """A disk with a volume on it that opens with PASSPHRASE; made once for each kind."""
     made = disk(block_bytes=block_bytes)
-    wanted = how(version, sector_bytes=sector_bytes, pbkdf=pbkdf)
-    await format_volume(AlignedDevice(made), PASSPHRASE, wanted)
+    kind = version, sector_bytes, pbkdf
+    if kind not in _made:
+        wanted = how(version, sector_bytes=sector_bytes, pbkdf=pbkdf)
+        await format_volume(AlignedDevice(made), PASSPHRASE, wanted)
+        _made[kind] = made.peek(0, 2 * MIB)
+    made.poke(0, _made[kind])
     return made
+
+
+_made: dict[tuple[object, ...], bytes] = {}
+"""The beginning of each kind of volume."""
