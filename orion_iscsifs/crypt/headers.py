@@ -22,7 +22,8 @@ async def read(device: BlockDevice, offset: int, length: int) -> bytes:
     """So many bytes, or fewer where the device ends."""
     length = max(0, min(length, device.geometry.size_bytes - offset))
     target = bytearray(length)
-    await device.read_into(offset, memoryview(target))
+    if length:
+        await device.read_into(offset, memoryview(target))
     return bytes(target)
 
 
