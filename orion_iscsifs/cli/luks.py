@@ -349,7 +349,7 @@ async def _lun(
     """The LUN itself, without cache: reserved as for a mount if it is to be written."""
     import msgspec
 
-    from orion_iscsifs.config import CacheMode
+    from orion_iscsifs.config import CacheMode, MountConfig
     from orion_iscsifs.stack import open_stack
 
     source = url.parse(target)
@@ -360,13 +360,21 @@ async def _lun(
     config, warnings = settings(source, options)
     for warning in warnings:
         warn(warning)
-    config = msgspec.structs.replace(
-        config,
-        luks=None,
-        cache=msgspec.structs.replace(config.cache, mode=CacheMode.NONE),
-        fuse=msgspec.structs.replace(config.fuse, read_only=config.fuse.read_only or not writes),
-    )
-    async with open_stack(source, config, "luks") as stack:
+
+    def alone(mode: CacheMode, *, read_only: bool) -> MountConfig:
+        return msgspec.structs.replace(
+            config,
+            luks=None,
+            cache=msgspec.structs.replace(config.cache, mode=mode),
+            fuse=msgspec.structs.replace(config.fuse, read_only=read_only),
+        )
+
+    if writes and config.cache.log_dir is not None:
+        # A mount that only reads refuses a log with data that the LUN lacks.
+        async with open_stack(source, alone(CacheMode.LOG, read_only=True), "luks"):
+            pass
+    changed = alone(CacheMode.NONE, read_only=config.fuse.read_only or not writes)
+    async with open_stack(source, changed, "luks") as stack:
         yield stack.units[0].top
 
 

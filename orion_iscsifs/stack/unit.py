@@ -11,7 +11,8 @@ from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
-from orion_iscsifs.crypt.opening import open_luks
+from orion_iscsifs.crypt.device import LuksDevice
+from orion_iscsifs.crypt.opening import open_luks, unlock_luks
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.stack import logs
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
@@ -41,6 +42,8 @@ class Unit(AbstractAsyncContextManager[object]):
         self.target_name = target_name
         self.disk = disk
         self.cache: WritebackCache | None = None
+        self.luks: LuksDevice | None = None
+        """With `luks_key_file`: everything above it is plaintext."""
         self.log: WriteLog | None = None
         """The persistent log, with `cache=log`."""
         self.top: BlockDevice = disk
@@ -60,6 +63,10 @@ class Unit(AbstractAsyncContextManager[object]):
         volume = ""
         async with AsyncExitStack() as layers:
             layers.callback(self.disk.close)
+            if config.luks is not None:
+                # Before anything changes at the device: a mistake must leave no trace there.
+                passphrase = config.luks.passphrase.reveal()
+                unlocked = await unlock_luks(device, passphrase, self.path)
             if wanted(config) and not device.geometry.read_only:
                 self.exclusive = await layers.enter_async_context(
                     hold(self.disk, config, self._mountpoint)
@@ -69,9 +76,9 @@ class Unit(AbstractAsyncContextManager[object]):
                 await layers.enter_async_context(self.paths)
                 device = self.paths.device
             if config.luks is not None:
-                passphrase = config.luks.passphrase.reveal()
-                device = luks = await open_luks(device, passphrase, self.path)
-                volume = f" LUKS {luks.uuid}"
+                self.luks = await open_luks(device, passphrase, self.path, unlocked)
+                device = self.luks
+                volume = f" LUKS {self.luks.uuid}"
             top = device
             cache = config.cache
             if cache.mode is CacheMode.LOG and not device.geometry.read_only:
