@@ -17,7 +17,16 @@ from orion_iscsifs.crypt.errors import LuksError
 from orion_iscsifs.crypt.opening import open_luks
 from orion_iscsifs.testing.conformance import read
 from tests.interop.conftest import Disk, MakeEmbedded, TgtDisk
-from tests.interop.product import Product, get
+from tests.interop.product import Product, get, put
+from tests.interop.test_secrets import process_words
+from tests.interop.workers import (
+    can_take_over,
+    kill_worker,
+    log_of,
+    supervisor_of,
+    takeovers,
+    watchdog,
+)
 
 pytestmark = pytest.mark.interop("cryptsetup")
 
@@ -411,6 +420,38 @@ def test_mistakes_with_an_encrypted_lun(
         )
     with product.mounted(target.lun_url(), f"luks_key_file={keys[2]}") as folder:
         assert (folder / "lun1").stat().st_size == 24 * MIB
+
+
+@pytest.mark.fuse
+@pytest.mark.interop("tgtd", "tgtadm")
+@can_take_over
+def test_a_new_worker_needs_no_key_file_and_nobody_sees_the_passphrase(
+    product: Product, tgt_disk: TgtDisk, keys: list[Path], tmp_path: Path
+) -> None:
+    secret = "correct horse"
+    key = tmp_path / "on-a-stick"
+    shutil.copy(keys[0], key)
+    product("luks", "format", tgt_disk.url, "--key-file", key, *CHEAP_PBKDF2)
+    with (
+        watchdog(product),
+        product.mounted(tgt_disk.url, f"luks_key_file={key}", "cache=writethrough") as folder,
+    ):
+        put(folder / "lun1", MARKER * 2000, 4096, sync=True)
+        key.unlink()
+        kill_worker(supervisor_of(product, folder))
+        assert get(folder / "lun1", 2000 * len(MARKER), 4096) == MARKER * 2000
+        put(folder / "lun1", MARKER * 1000, 8 * MIB, sync=True)
+        assert takeovers(product, folder) == 1
+        assert len(str(product.status(folder)["luns"][0]["luks"])) == 36
+        shown = [process_words(), log_of(product), product("status", folder, "--json").stdout]
+        shown += [
+            (folder / ".orion" / name).read_text(encoding="utf-8")
+            for name in ("status.json", "config.toml", "metrics")
+        ]
+        assert not any(secret in text for text in shown)
+    stored = tgt_disk.backing.read_bytes()
+    assert MARKER[:16] not in stored
+    assert secret.encode() not in stored
 
 
 @pytest.mark.fuse
