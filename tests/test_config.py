@@ -228,6 +228,59 @@ def test_no_word_is_both_here_and_later() -> None:
     assert not OPTIONS.keys() & LATER.keys()
 
 
+# -- LUKS -----------------------------------------------------------------------------------------
+
+
+def key_file(folder: Path, content: bytes = b"pass\nword\n\xff") -> Path:
+    path = folder / "luks-key"
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+    return path
+
+
+def test_all_of_a_key_file_is_the_passphrase(tmp_path: Path) -> None:
+    path = key_file(tmp_path)
+    config, warnings = warned(f"luks_key_file={path}")
+    assert not warnings
+    assert config.luks is not None
+    assert config.luks.passphrase.reveal() == b"pass\nword\n\xff"
+    shown = repr(config) + str(config.luks.passphrase) + f"{config.luks.passphrase}"
+    shown += to_toml(config, "iscsi://h/")
+    assert "word" not in shown
+    assert f'luks_key_file = "{path}"' in shown
+
+
+def test_a_key_file_that_others_can_read_is_warned_about(tmp_path: Path) -> None:
+    path = key_file(tmp_path)
+    path.chmod(0o644)
+    assert any("every user can read it" in text for text in warned(f"luks_key_file={path}")[1])
+
+
+def test_key_files_that_are_refused(tmp_path: Path) -> None:
+    too_large = tmp_path / "large"
+    too_large.touch()
+    os.truncate(too_large, (8 << 20) + 1)
+    empty = key_file(tmp_path, b"")
+    for path, why in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "directory"),
+        (empty, "empty"),
+        (too_large, "more than 8388608 bytes"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            configured(f"luks_key_file={path}")
+
+
+def test_the_log_of_an_encrypted_lun_has_to_be_sealed(tmp_path: Path) -> None:
+    path = key_file(tmp_path)
+    log = f"cache=log,log_dir={tmp_path}"
+    with pytest.raises(UsageError, match="the plaintext") as caught:
+        configured(f"luks_key_file={path},{log}")
+    assert "cache_key_file" in caught.value.line
+    assert configured(log).luks is None
+    assert configured(f"luks_key_file={path},cache=writethrough").luks is not None
+
+
 # -- TLS ------------------------------------------------------------------------------------------
 
 
@@ -347,7 +400,7 @@ def test_key_files(tmp_path: Path) -> None:
     path.chmod(0o604)
     (warning,) = warned(f"cache_key_file={path}")[1]
     assert "every user can read" in warning
-    for content, told in ((b"", "is empty"), (b"\n", "is empty"), (bytes(2 << 20), "more than")):
+    for content, told in ((b"", "is empty"), (b"\n", "is empty"), (bytes(9 << 20), "more than")):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=told):
             configured(f"cache_key_file={path}")

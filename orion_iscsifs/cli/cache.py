@@ -5,7 +5,6 @@ DIR is a `log_dir`, or the folder of one log in it. docs/operations.md describes
 
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,16 +171,10 @@ def rekey(folder: str, old: str, new: str, as_json: bool) -> None:
 
 
 def _key(option: str, file: str) -> bytes:
-    from orion_iscsifs.config.secrets import KEY_FILE_MAX_BYTES, key_of, read_key_file
-    from orion_iscsifs.config.settings import passphrase
+    from orion_iscsifs.cli.keyfiles import read_key
+    from orion_iscsifs.config.secrets import without_newline
 
-    if file == "-":
-        content = sys.stdin.buffer.read(KEY_FILE_MAX_BYTES + 1)
-        return passphrase(key_of(f"{option} -", content))
-    key, warnings = read_key_file(option, Path(file).expanduser())
-    for warning in warnings:
-        warn(warning)
-    return passphrase(key)
+    return without_newline(f"{option} {file}", read_key(option, file)).reveal()
 
 
 def _folders(folder: str) -> list[Path]:

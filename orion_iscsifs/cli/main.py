@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "flush": ("orion_iscsifs.cli.flush", "make everything written durable on the target"),
     "trim": ("orion_iscsifs.cli.trim", "discard a range of a LUN, so that the target frees it"),
     "cache": ("orion_iscsifs.cli.cache", "the persistent logs on the local disk"),
+    "luks": ("orion_iscsifs.cli.luks", "make LUKS volumes, add and remove their keys"),
     "install-helpers": ("orion_iscsifs.cli.install_helpers", "link mount(8)'s helpers into /sbin"),
     "target": ("orion_iscsifs.cli.target", "the embedded iSCSI target"),
     "demo": ("orion_iscsifs.cli.demo", "try everything out, without any configuration"),

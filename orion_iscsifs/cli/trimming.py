@@ -81,5 +81,6 @@ def _check_support(name: str, device: BlockDevice) -> None:
     """The device may also have refused only now what it said it could do."""
     if not device.geometry.discard_granularity_bytes:
         raise NotSupported(
-            f"{name}: the LUN takes no UNMAP", advice="is it thin-provisioned at the target?"
+            f"{name}: the LUN takes no UNMAP",
+            advice="is it thin-provisioned at the target? An encrypted LUN takes none either",
         )

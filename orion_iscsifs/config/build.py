@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-from orion_iscsifs.config.secrets import length_warnings, read_key_file, read_secret_file
+from orion_iscsifs.config.secrets import (
+    length_warnings,
+    read_key_file,
+    read_secret_file,
+    without_newline,
+)
 from orion_iscsifs.config.settings import (
     LOG_BYTES_MIN,
     TIER_BYTES_MIN,
@@ -18,12 +23,14 @@ from orion_iscsifs.config.settings import (
     Destage,
     DigestPreference,
     FuseConfig,
+    LuksConfig,
     MountConfig,
     MultipathConfig,
     PathPolicy,
     ReserveConfig,
     ReserveMode,
     Secret,
+    SecretBytes,
     SessionConfig,
     TierConfig,
     TierReuse,
@@ -65,11 +72,38 @@ def build(
         session=_session(reader, default_name, tls=tls),
         multipath=_multipath(reader),
         reserve=_reserve(reader),
+        luks=_luks(reader),
         cache=_cache(reader),
         tier=_tier(reader),
         fuse=_fuse(reader),
     )
+    _check_sealed(config)
     return config, reader.warnings
+
+
+def _luks(reader: _Reader) -> LuksConfig | None:
+    path = _absolute(reader.text("luks_key_file"))
+    if path is None:
+        return None
+    passphrase, warnings = read_key_file("luks_key_file", Path(path))
+    reader.warnings += warnings
+    return LuksConfig(key_file=path, passphrase=passphrase)
+
+
+def _check_sealed(config: MountConfig) -> None:
+    """What is encrypted on the target must not lie in the clear on a local disk."""
+    if config.luks is None or config.cache.key_file is not None:
+        return
+    plain = []
+    if config.cache.mode is CacheMode.LOG:
+        plain.append("cache=log: with luks_key_file= the log")
+    if config.tier is not None:
+        plain.append("tier_dir: with luks_key_file= the tier")
+    if plain:
+        raise UsageError(
+            f"option {plain[0]} would hold the plaintext",
+            advice="seal it with cache_key_file=FILE, or leave the option out",
+        )
 
 
 def _session(reader: _Reader, default_name: Callable[[], str], *, tls: bool) -> SessionConfig:
@@ -253,13 +287,13 @@ def _log_dir(reader: _Reader, mode: CacheMode) -> str | None:
     return folder
 
 
-def _cache_key(reader: _Reader) -> Secret | None:
+def _cache_key(reader: _Reader) -> SecretBytes | None:
     path = _absolute(reader.text("cache_key_file"))
     if path is None:
         return None
-    key, warnings = read_key_file("cache_key_file", Path(path))
+    content, warnings = read_key_file("cache_key_file", Path(path))
     reader.warnings += warnings
-    return key
+    return without_newline(f"cache_key_file {path}", content)
 
 
 def _log_bytes(reader: _Reader) -> int:

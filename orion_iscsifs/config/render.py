@@ -38,6 +38,7 @@ def _words(config: MountConfig) -> list[tuple[str, object]]:
         ("erl", session.erl),
         *_tls(session.tls),
         *_paths(config.multipath, session.bind),
+        *([] if config.luks is None else [("luks_key_file", config.luks.key_file)]),
         ("reserve", str(config.reserve.mode)),
         ("preempt", config.reserve.preempt),
         ("queue_depth", "auto" if session.queue_depth is None else session.queue_depth),

@@ -36,9 +36,21 @@ class Secret(str):
         return str.__str__(self)
 
 
-def passphrase(key: Secret) -> bytes:
-    """The bytes of a key file."""
-    return key.reveal().encode(errors="surrogateescape")
+class SecretBytes(bytes):
+    """As `Secret`, of bytes: what a key file holds."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+    def __format__(self, _spec: str) -> str:
+        return "***"
+
+    def reveal(self) -> bytes:
+        return bytes(memoryview(self))
 
 
 class ChapAlgorithm(enum.IntEnum):
@@ -179,15 +191,15 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     destage: Destage = Destage.ORDERED
     key_file: str | None = None
     """Absolute; where `key` comes from."""
-    key: Secret | None = None
-    """Seals what is on the local disk; bytes that are no UTF-8 are surrogates in it."""
+    key: SecretBytes | None = None
+    """Seals the log and the tier."""
     log_force: bool = False
     """Replay a log that is damaged, as far as it goes, or that may be out of date."""
 
     @property
     def passphrase(self) -> bytes | None:
         """What the key is made of; None: nothing is sealed."""
-        return None if self.key is None else passphrase(self.key)
+        return None if self.key is None else self.key.reveal()
 
     @property
     def survives_the_process(self) -> bool:
@@ -216,6 +228,15 @@ class FuseConfig(msgspec.Struct, frozen=True, kw_only=True):
     gid: int | None = None
     mode: int = 0o600
     hide_control: bool = False
+
+
+class LuksConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Every LUN is a LUKS volume. Read once: a worker that takes over does not need the file."""
+
+    key_file: str
+    """Absolute."""
+    passphrase: SecretBytes
+    """All that was in it."""
 
 
 class MultipathConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +272,8 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True):
     session: SessionConfig
     multipath: MultipathConfig = MultipathConfig()
     reserve: ReserveConfig = ReserveConfig()
+    luks: LuksConfig | None = None
+    """None: the device files show what is on the LUNs."""
     cache: CacheConfig = CacheConfig()
     tier: TierConfig | None = None
     """None: there is none."""

@@ -79,6 +79,9 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "failback": Option(
         values.failback, "=immediate|manual|S", "when I/O goes back to a better path (immediate)"
     ),
+    "luks_key_file": Option(
+        values.nonempty, "=FILE", "the LUN is a LUKS volume; all of FILE is the passphrase"
+    ),
     "reserve": Option(
         values.choice(*ReserveMode),
         "=WORD",
@@ -134,7 +137,6 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 
 LATER: Final[Mapping[str, str]] = {
-    "luks_key_file": "LUKS volumes",
     "metrics_listen": "the metrics endpoint",
     "audit_log": "the audit log",
 }

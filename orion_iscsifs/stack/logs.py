@@ -48,14 +48,14 @@ def memory(config: CacheConfig) -> tuple[int, int]:
     return config.size_bytes - ring, ring
 
 
-async def look(volume: str, config: CacheConfig) -> LogStore | None:
+async def look(disk: LunDevice, config: CacheConfig) -> LogStore | None:
     """The log that is there, closed, for `open_log`. Raises LogError or WrongKey.
 
     To be called before a reservation is made: a mount that is refused for its key must not leave a
     trace at the target that makes the next one doubt who has written.
     """
     assert config.log_dir is not None
-    folder = lun_folder(config.log_dir, volume)
+    folder = lun_folder(config.log_dir, disk.info.name)
     return await trio.to_thread.run_sync(_look, folder, config)
 
 
@@ -93,12 +93,13 @@ async def open_log(
     Raises LogError, WrongKey or BusyError when there is a log that must not be used.
     """
     assert config.log_dir is not None
-    if not volume:
+    lun = disk.info.name
+    if not lun:
         raise LogError(
             f"LUN {disk.number}: the device has no name (VPD page 83h) to bind a log to",
             advice="mount it without cache=log",
         )
-    folder = lun_folder(config.log_dir, volume)
+    folder = lun_folder(config.log_dir, lun)
     wanted = _wanted(device, disk, volume, config)
     owner = Owner("logs", disk)
     found = evidence(owner, disk, None if exclusive is None else exclusive.first.found)
@@ -159,10 +160,10 @@ def forget_log(disk: LunDevice) -> None:
     Owner("logs", disk).forget()
 
 
-def check_nothing_left(volume: str, config: CacheConfig) -> None:
+def check_nothing_left(disk: LunDevice, config: CacheConfig) -> None:
     """For a mount that only reads: raises LogError when a log holds what the target lacks."""
     assert config.log_dir is not None
-    folder = lun_folder(config.log_dir, volume)
+    folder = lun_folder(config.log_dir, disk.info.name)
     if (folder / NAMES[0]).exists():
         store = LogStore.open(folder, shared=True)
         store.close()

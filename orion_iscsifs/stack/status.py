@@ -64,6 +64,7 @@ def lun(unit: Unit, mode: CacheMode) -> dict[str, Any]:
         "cache": mode.value,
         "dirty_bytes": unit.dirty_bytes,
         "oldest_dirty_age_s": unit.oldest_dirty_age_s,
+        "luks": None if unit.luks is None else unit.luks.uuid,
         "log": None if unit.log is None else log_status(unit.log),
         "tier": None if unit.tier is None else tier_status(unit.tier),
         "cache_hits": statistics.hits if statistics else 0,

@@ -54,11 +54,13 @@ async def open_local_tier(
     seen = await look(disk, config) if exclusive is None else exclusive.first.found
     known = evidence(owner, disk, seen)
     try:
+        folder = _folder(disk, config.tier)
         wanted = _wanted(device, disk, volume, config.tier)
-        store = await trio.to_thread.run_sync(_open, config.tier, wanted, known)
+        store = await trio.to_thread.run_sync(_open, folder, config.tier, wanted, known)
     except (TierError, BusyError) as error:
         log.warning("%s; going on without it", error)
-        forget_tier(disk, config)
+        if not device.geometry.read_only:
+            forget_tier(disk)
         yield None
         return
     try:
@@ -84,7 +86,7 @@ async def _tended(
     owner.note(store.superblock.store)
     async with open_tier(device, store, level=config.tier.level) as tier:
         keeper = Keeper(tier.update, exclusive, device)
-        if not config.fuse.read_only:
+        if not device.geometry.read_only:
             # A mount that only reads changes nothing about who may have written. A store that can't
             # be written has failed, which is said, and everything passes through it.
             with suppress(TierError):
@@ -93,23 +95,26 @@ async def _tended(
             yield tier
 
 
-def forget_tier(disk: LunDevice, config: MountConfig) -> None:
-    """A mount without a tier. If it writes, what is in one is out of date from now on."""
-    if not config.fuse.read_only:
-        Owner("tiers", disk).forget()
+def forget_tier(disk: LunDevice) -> None:
+    """A mount that writes without a tier: what is in one is out of date from now on."""
+    Owner("tiers", disk).forget()
 
 
 def _is_for_later(config: TierConfig) -> bool:
     return config.reuse is TierReuse.RESERVATION
 
 
-def _wanted(
-    device: BlockDevice, disk: LunDevice, volume: str, config: TierConfig
-) -> TierSuperblock:
-    if not volume:
+def _folder(disk: LunDevice, config: TierConfig) -> Path:
+    if not disk.info.name:
         raise TierError(
             f"LUN {disk.number}: the device has no name (VPD page 83h) to bind a tier to"
         )
+    return lun_folder(config.folder, disk.info.name)
+
+
+def _wanted(
+    device: BlockDevice, disk: LunDevice, volume: str, config: TierConfig
+) -> TierSuperblock:
     geometry = device.geometry
     return new_tier_superblock(
         volume,
@@ -125,12 +130,11 @@ def _boot_id() -> str:
     return _BOOT_ID.read_text().strip()
 
 
-def _open(config: TierConfig, wanted: TierSuperblock, known: Evidence) -> TierStore:
+def _open(folder: Path, config: TierConfig, wanted: TierSuperblock, known: Evidence) -> TierStore:
     """What is there, if it may be used, or else an empty one. Blocks.
 
     Raises TierError or BusyError.
     """
-    folder = lun_folder(config.folder, wanted.lun)
     if not any((folder / name).exists() for name in NAMES):
         return _resumed(TierStore.create(folder, wanted), config, wanted)
     try:

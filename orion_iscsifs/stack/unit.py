@@ -11,7 +11,10 @@ from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.cache.writeback import WritebackCache
 from orion_iscsifs.cache.writelog import WriteLog
 from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
+from orion_iscsifs.crypt.device import LuksDevice
+from orion_iscsifs.crypt.opening import Unlocked, open_luks, unlock_luks
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.stack import logs, tiers
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
 from orion_iscsifs.stack.lunpath import Way
@@ -41,6 +44,8 @@ class Unit(AbstractAsyncContextManager[object]):
         self.target_name = target_name
         self.disk = disk
         self.cache: WritebackCache | None = None
+        self.luks: LuksDevice | None = None
+        """With `luks_key_file`: everything above it is plaintext."""
         self.log: WriteLog | None = None
         """The persistent log, with `cache=log`."""
         self.tier: CompressedTier | None = None
@@ -53,49 +58,77 @@ class Unit(AbstractAsyncContextManager[object]):
         self._way = way
         self._config = config
         self._mountpoint = mountpoint
+        self._volume = disk.info.name
+        """What tells the content from all others."""
+        self._known_log: LogStore | None = None
         self._layers = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """The data path, bottom first. Raises BusyError when somebody else writes to the LUN."""
-        config, known_log = self._config, None
-        device: BlockDevice = self.disk
-        volume = self.disk.info.name
         async with AsyncExitStack() as layers:
             layers.callback(self.disk.close)
-            if config.cache.mode is CacheMode.LOG and not device.geometry.read_only:
-                known_log = await logs.look(volume, config.cache)
-            if wanted(config) and not device.geometry.read_only:
-                self.exclusive = await layers.enter_async_context(
-                    hold(self.disk, config, self._mountpoint)
-                )
-            if self._way is not None:
-                self.paths = LunPaths(self._way, self.disk, config, self.exclusive)
-                await layers.enter_async_context(self.paths)
-                device = self.paths.device
-            if config.tier is not None:
-                self.tier = await layers.enter_async_context(
-                    tiers.open_local_tier(device, self.disk, volume, self.exclusive, config)
-                )
-                device = self.tier or device
-            else:
-                tiers.forget_tier(self.disk, config)
-            top = device
-            cache = config.cache
-            if cache.mode is CacheMode.LOG and not device.geometry.read_only:
-                self.log = await layers.enter_async_context(
-                    logs.open_log(device, self.disk, volume, self.exclusive, cache, known_log)
-                )
-                top = self.log
-            elif cache.mode is CacheMode.LOG:
-                logs.check_nothing_left(volume, cache)
-            elif not device.geometry.read_only:
-                logs.forget_log(self.disk)
-            if cache.mode is not CacheMode.NONE:
-                self.cache = WritebackCache(top, _frames(cache))
-                top = await layers.enter_async_context(self.cache)
-            self.top = AlignedDevice(top)
+            unlocked = await self._try_keys()
+            device = await self._reach(layers)
+            if unlocked is not None:
+                self.luks = device = await self._decrypt(device, unlocked)
+            device = await self._keep_locally(layers, device)
+            if self._config.cache.mode is not CacheMode.NONE:
+                self.cache = WritebackCache(device, _frames(self._config.cache))
+                device = await layers.enter_async_context(self.cache)
+            self.top = AlignedDevice(device)
             self._layers = layers.pop_all()
         return self
+
+    async def _try_keys(self) -> Unlocked | None:
+        """Before anything changes at the device: a mistake must leave no trace there."""
+        config, unlocked = self._config, None
+        if config.luks is not None:
+            unlocked = await unlock_luks(self.disk, config.luks.passphrase.reveal(), self.path)
+        if config.cache.mode is CacheMode.LOG and not self.disk.geometry.read_only:
+            self._known_log = await logs.look(self.disk, config.cache)
+        return unlocked
+
+    async def _reach(self, layers: AsyncExitStack) -> BlockDevice:
+        """The LUN, ours alone if it is to be written, over every path."""
+        if wanted(self._config) and not self.disk.geometry.read_only:
+            self.exclusive = await layers.enter_async_context(
+                hold(self.disk, self._config, self._mountpoint)
+            )
+        if self._way is None:
+            return self.disk
+        self.paths = LunPaths(self._way, self.disk, self._config, self.exclusive)
+        await layers.enter_async_context(self.paths)
+        return self.paths.device
+
+    async def _decrypt(self, device: BlockDevice, unlocked: Unlocked) -> LuksDevice:
+        assert self._config.luks is not None
+        passphrase = self._config.luks.passphrase.reveal()
+        luks = await open_luks(device, passphrase, self.path, unlocked)
+        self._volume = f"{self._volume} LUKS {luks.uuid}"
+        return luks
+
+    async def _keep_locally(self, layers: AsyncExitStack, device: BlockDevice) -> BlockDevice:
+        """With the tier and the log in front, as far as they are wanted."""
+        config, read_only = self._config, device.geometry.read_only
+        if config.tier is not None:
+            self.tier = await layers.enter_async_context(
+                tiers.open_local_tier(device, self.disk, self._volume, self.exclusive, config)
+            )
+            device = self.tier or device
+        elif not read_only:
+            tiers.forget_tier(self.disk)
+        if config.cache.mode is CacheMode.LOG and not read_only:
+            self.log = await layers.enter_async_context(
+                logs.open_log(
+                    device, self.disk, self._volume, self.exclusive, config.cache, self._known_log
+                )
+            )
+            return self.log
+        if config.cache.mode is CacheMode.LOG:
+            logs.check_nothing_left(self.disk, config.cache)
+        elif not read_only:
+            logs.forget_log(self.disk)
+        return device
 
     async def __aexit__(
         self,

@@ -275,10 +275,13 @@ from orion_iscsifs.cli import daemonize
 from orion_iscsifs.cli.report import Failed
 
 fork = os.fork
+begun = pathlib.Path(sys.argv[1] + ".begun")
 
 def interrupted_fork():
     pid = fork()
     if pid:
+        while not begun.exists():  # only then can the daemon be ended in order
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
     return pid
 
@@ -287,6 +290,7 @@ def body(ready):
         pathlib.Path(sys.argv[1]).touch()
         os._exit(0)
     signal.signal(signal.SIGTERM, end)
+    begun.touch()
     time.sleep(20)
 
 os.fork = interrupted_fork

@@ -13,7 +13,14 @@ from unittest.mock import patch
 import trio
 
 from orion_iscsifs.cache.writelog import WriteLog
-from orion_iscsifs.config import CacheConfig, CacheMode, Destage, MountConfig, Secret, SessionConfig
+from orion_iscsifs.config import (
+    CacheConfig,
+    CacheMode,
+    Destage,
+    MountConfig,
+    SecretBytes,
+    SessionConfig,
+)
 from orion_iscsifs.localstore import seal
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.url import parse
@@ -23,7 +30,7 @@ AREA = BLOCK * BLOCKS
 
 
 def config(
-    log_dir: str, mode: CacheMode, destage: Destage, key: Secret | None = None
+    log_dir: str, mode: CacheMode, destage: Destage, key: SecretBytes | None = None
 ) -> MountConfig:
     cache = CacheConfig(
         mode=mode,

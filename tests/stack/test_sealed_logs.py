@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import trio
 
-from orion_iscsifs.config import CacheMode, MountConfig, Secret
+from orion_iscsifs.config import CacheMode, MountConfig, SecretBytes
 from orion_iscsifs.config.places import state_dir
 from orion_iscsifs.config.render import to_toml
 from orion_iscsifs.localstore.files import LogError
@@ -34,7 +34,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def lazy(key: str | None, **changes: object) -> MountConfig:
     """A mount that writes nothing back by itself for as long as these tests run."""
     config = mount(CacheMode.LOG)
-    sealed = {} if key is None else {"key": Secret(key), "key_file": "/the/key"}
+    sealed = {} if key is None else {"key": SecretBytes(key.encode()), "key_file": "/the/key"}
     roomy = {"dirty_age_s": 600, "size_bytes": 16 << 20, "dirty_max_bytes": 8 << 20}
     cache = msgspec.structs.replace(config.cache, **roomy, **sealed, **changes)
     return msgspec.structs.replace(config, cache=cache)
