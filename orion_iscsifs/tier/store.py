@@ -453,6 +453,10 @@ class TierStore:
         Nothing may be added any more.
         """
         self.sync_filled()
+        if self.numbers and self.numbers[0] == self.leaving:
+            # Whoever was about to forget it was stopped.
+            self.files.remove(self.leaving)
+            self.forget_oldest()
         current = self.current
         for number in self.numbers:
             if number not in self.is_durable:

@@ -50,8 +50,9 @@ log = logging.getLogger(__name__)
 Level = int | Literal["adaptive"]
 
 STAGING_MAX_BYTES: Final = 32 << 20
+STAGING_MIN_BYTES: Final = 1 << 20
 STAGING_SHARE: Final = 8
-"""At most one such part of the tier's size is in memory, on its way in."""
+"""One such part of the tier's size may be in memory, on its way in, within these bounds."""
 PIECES_NOW: Final = 2
 """Records that are read and decompressed between two requests; more of them are for a thread."""
 READERS: Final = 4
@@ -71,7 +72,8 @@ class CompressedTier:
         self.statistics: Final = TierStatistics()
         self._device = device
         tier_bytes = store.size_bytes
-        self._staging = Staging(min(STAGING_MAX_BYTES, tier_bytes // STAGING_SHARE))
+        room = max(tier_bytes // STAGING_SHARE, STAGING_MIN_BYTES)
+        self._staging = Staging(min(room, STAGING_MAX_BYTES))
         block = store.superblock
         self._admission = Admission(tier_bytes, block.segments * records_max(block.segment_bytes))
         self._reader = RecordReader(store.files, store.store_id, store.seal)

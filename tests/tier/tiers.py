@@ -93,6 +93,8 @@ async def tiered(
     try:
         async with open_tier(device, store, level=level) as tier:
             yield tier
+            should_be_clean = store.failed is None
+        assert store.superblock.clean == should_be_clean
     finally:
         store.close()
 
