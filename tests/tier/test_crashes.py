@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from orion_iscsifs.block.ranges import Range
-from orion_iscsifs.tier import store as store_module
+from orion_iscsifs.tier import trust
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.staging import Staging
 from orion_iscsifs.tier.store import TierStore
@@ -196,7 +196,7 @@ _begin_change, _unwatch = Staging.begin_change, Staging.unwatch
         (Staging, "unwatch", blind_requests),
         (Staging, "end_change", silent_end),
         (Staging, "unchanging", careless),
-        (store_module, "_sync_path", unsynced),
+        (trust, "sync_path", unsynced),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
