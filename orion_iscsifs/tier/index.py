@@ -17,7 +17,7 @@ until its segment goes.
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from orion_iscsifs.block.pages import FRAME_MASK, FRAME_SHIFT, pages_touched
@@ -44,6 +44,7 @@ FRAME_NUMBER_MAX: Final = (1 << 40) - 1
 ROWS_PER_BUCKET: Final = 2
 _BUCKETS_MIN: Final = 1 << 10
 _MIX: Final = 0x9E3779B97F4A7C15
+_WORD: Final = (1 << 64) - 1
 
 
 class Row(NamedTuple):
@@ -86,7 +87,7 @@ class Index:
 
     def find(self, frame: int) -> Row | None:
         """The frame's row, if any of its pages is valid."""
-        at = self._heads[frame * _MIX % (1 << 64) >> self._shift]
+        at = self._heads[(frame * _MIX & _WORD) >> self._shift]
         while at:
             segment = self._segments[at - 1 >> ROW_BITS]
             row = at - 1 & _ROW_MASK
@@ -166,26 +167,43 @@ class Index:
         self, number: int, frame: int, place: int, size_bytes: int, valid: int, flags: int = 0
     ) -> None:
         """The frame is there now and nowhere else. `valid` may be 0: then it is nowhere."""
-        self.remove(frame)
+        self.put_all(number, ((frame, place, size_bytes, valid, flags),))
+
+    def put_all(self, number: int, rows: Iterable[tuple[int, int, int, int, int]]) -> None:
+        """`put` for each of them, in order. What makes `rows` may call the other methods.
+
+        Opening a large tier is this loop: hence no call in it, and no attribute.
+        """
         slot = number & _SLOT_MASK
-        segment = self._segments[slot]
-        row = len(segment.facts)
-        segment.facts.append(frame << _FRAME_SHIFT | valid << _VALID_SHIFT | flags)
-        segment.places.append(
-            place // ALIGN_BYTES << _UNITS_BITS | size_bytes // ALIGN_BYTES & _UNITS_MASK
-        )
-        if valid:
-            bucket = frame * _MIX % (1 << 64) >> self._shift
-            segment.nexts.append(self._heads[bucket])
-            self._heads[bucket] = (slot << ROW_BITS | row) + 1
-            segment.live += 1
-            self.frames += 1
-        else:
-            segment.nexts.append(0)
+        segments, heads, shift = self._segments, self._heads, self._shift
+        segment = segments[slot]
+        facts, places, nexts = segment.facts, segment.places, segment.nexts
+        at_row = (slot << ROW_BITS) + 1
+        for frame, place, size_bytes, valid, flags in rows:
+            bucket = (frame * _MIX & _WORD) >> shift
+            at = heads[bucket]
+            while at:
+                other, row = segments[at - 1 >> ROW_BITS], at - 1 & _ROW_MASK
+                if other.facts[row] >> _FRAME_SHIFT == frame:
+                    self.remove(frame)
+                    break
+                at = other.nexts[row]
+            row = len(facts)
+            facts.append(frame << _FRAME_SHIFT | valid << _VALID_SHIFT | flags)
+            places.append(
+                place // ALIGN_BYTES << _UNITS_BITS | size_bytes // ALIGN_BYTES & _UNITS_MASK
+            )
+            if valid:
+                nexts.append(heads[bucket])
+                heads[bucket] = at_row + row
+                segment.live += 1
+                self.frames += 1
+            else:
+                nexts.append(0)
 
     def remove(self, frame: int, pages: int = 0xFFFF) -> int:
         """These pages of the frame are not valid any more; those of them that were."""
-        bucket = frame * _MIX % (1 << 64) >> self._shift
+        bucket = (frame * _MIX & _WORD) >> self._shift
         before: _Segment | None = None
         before_row = 0
         at = self._heads[bucket]

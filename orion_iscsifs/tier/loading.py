@@ -15,16 +15,20 @@ the end is not where it should be, nothing is left.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from orion_iscsifs.errors import OrionError
 from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.tier import index as rows
 from orion_iscsifs.tier import journal, record
 from orion_iscsifs.tier.index import FRAME_NUMBER_MAX, Index
-from orion_iscsifs.tier.journal import DamagedJournal, Entry, Kind, Scribe
+from orion_iscsifs.tier.journal import DamagedJournal, Entry, Fields, Kind, Scribe
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.superblock import TierSuperblock
+
+_FRAME_EXTRA: Final = record.HEADER_BYTES + record.ALIGN_BYTES - 1
 
 
 @dataclass
@@ -97,34 +101,66 @@ class Loader:
             raise DamagedJournal("it is not of the right size")
         found.index.begin(number)
         found.numbers.append(number)
+        reading = _Reading(found.index, number, block.segment_bytes)
         scribe = Scribe(block.store, number)
-        ordinal, position = 0, start
-        for entry in scribe.entries(memoryview(head)[journal.PAGE_BYTES :]):
-            if self._seal is not None and entry.kind != Kind.FRAME:
-                _check_tag(self._seal, scribe, ordinal, entry)
-            position = max(position, self._apply(number, position, entry))
-            ordinal += 1
-        found.ends[number] = ordinal, position
+        entries = scribe.entries(head[journal.PAGE_BYTES :])
+        if self._seal is not None:
+            entries = _tags_checked(self._seal, scribe, entries)
+        found.index.put_all(number, reading.rows(entries))
+        found.ends[number] = reading.entries, reading.position
         found.index.end(number)
 
-    def _apply(self, number: int, position: int, entry: Entry) -> int:
-        """Where its record ends; 0: it has none."""
-        index, (kind, valid, stored, where, place, *_) = self._found.index, entry
-        if kind == Kind.INVALIDATE:
-            apply_range(index, where, place)
-            return 0
-        size = record.record_bytes(stored) if kind == Kind.FRAME else 0
-        if (
-            where > FRAME_NUMBER_MAX
-            or stored > record.STORED_MAX_BYTES
-            or index.count(number) >= rows.ROWS_MAX
-            or (size and place < position)
-            or place + size > self._block.segment_bytes
-            or place % record.ALIGN_BYTES
-        ):
-            raise DamagedJournal("an entry has numbers that can't be")
-        index.put(number, where, place, size, valid, 0 if size else rows.ZERO)
-        return place + size
+
+class _Reading:
+    """One journal on its way into the index."""
+
+    def __init__(self, index: Index, number: int, segment_bytes: int) -> None:
+        self.entries = 0
+        self.position = journal.records_start(segment_bytes)
+        """Where the last record ends."""
+        self._index = index
+        self._number = number
+        self._segment_bytes = segment_bytes
+
+    def rows(self, entries: Iterator[Fields]) -> Iterator[tuple[int, int, int, int, int]]:
+        """What to put into the index, in order; what to take out of it is taken out meanwhile."""
+        position, end, count, left = self.position, self._segment_bytes, 0, rows.ROWS_MAX
+        frame_kind = int(Kind.FRAME)
+        for kind, valid, stored, where, place, *_ in entries:
+            count += 1
+            if kind == frame_kind:
+                size = stored + _FRAME_EXTRA & -record.ALIGN_BYTES
+                left -= 1
+                if (
+                    place < position
+                    or place + size > end
+                    or stored > record.STORED_MAX_BYTES
+                    or place & record.ALIGN_BYTES - 1
+                    or where > FRAME_NUMBER_MAX
+                    or left < 0
+                ):
+                    raise DamagedJournal("an entry has numbers that can't be")
+                position = place + size
+                yield where, place, size, valid, 0
+            elif kind == Kind.ZERO:
+                left -= 1
+                if where > FRAME_NUMBER_MAX or left < 0:
+                    raise DamagedJournal("an entry has numbers that can't be")
+                yield where, 0, 0, valid, rows.ZERO
+            elif kind == Kind.INVALIDATE:
+                apply_range(self._index, where, place)
+            else:
+                raise DamagedJournal("an entry is of an unknown kind")
+        self.entries, self.position = count, position
+
+
+def _tags_checked(seal: Seal, scribe: Scribe, entries: Iterator[Fields]) -> Iterator[Fields]:
+    """Of a sealed store. A FRAME has none: its record has."""
+    for ordinal, fields in enumerate(entries):
+        entry = Entry._make(fields[:-1])
+        if entry.kind != Kind.FRAME:
+            _check_tag(seal, scribe, ordinal, entry)
+        yield fields
 
 
 def _check_tag(seal: Seal, scribe: Scribe, ordinal: int, entry: Entry) -> None:

@@ -21,6 +21,7 @@ from orion_iscsifs.block.ranges import Range
 
 NEWCOMER_SHARE: Final = 10
 FLOOD_SHARE: Final = 8
+FLOOD_MIN_BYTES: Final = 8 << 20
 FLOOD_MAX_BYTES: Final = 1 << 30
 STREAMS_MAX: Final = 16
 STREAM_SLACK_BYTES: Final = 4 << 20
@@ -108,7 +109,8 @@ class Admission:
         self.ghosts = Ghosts(ghosts_max)
         self.is_full = False
         """There is no room left that was never used."""
-        self._streams = Streams(min(tier_bytes // FLOOD_SHARE, FLOOD_MAX_BYTES))
+        flood_bytes = max(tier_bytes // FLOOD_SHARE, FLOOD_MIN_BYTES)
+        self._streams = Streams(min(flood_bytes, FLOOD_MAX_BYTES))
         self._credit = 0
 
     def passes_by(self, span: Range) -> bool:

@@ -29,6 +29,8 @@ BLOCK = 512
 FRAMES = 56
 GEOMETRY = Geometry(size_bytes=FRAMES << 16, discard_granularity_bytes=4096)
 PAGE = 4096
+CLEAN = "closed in order"
+"""From this moment on the tier is believed after a loss of power."""
 
 
 @dataclass
@@ -162,6 +164,7 @@ class Recorder:
         self._truth = truth
         self._wanted = wanted
         self._durable: dict[str, bytes] = {}
+        self._is_clean = False
         truth.step = self.step
 
     def step(self, what: str) -> None:
@@ -170,7 +173,7 @@ class Recorder:
 
     def now(self, what: str) -> Moment:
         return Moment(
-            what,
+            CLEAN if self._is_clean else what,
             _files(self._folder),
             dict(self._durable),
             self._truth.memory.peek(0, GEOMETRY.size_bytes),
@@ -218,6 +221,7 @@ class Recorder:
 
         def recorded_superblock(store: TierStore, block: Any) -> None:
             write_superblock(store, block)
+            self._is_clean = block.clean and block.life > 0
             self._step_in_thread("a superblock")
 
         def recorded_sync(descriptor: int) -> None:

@@ -19,7 +19,7 @@ from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.staging import Staging
 from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.tier import CompressedTier
-from tests.tier.crashes import SIZE, Moment, Recorder, Truth, User, content, slow_threads
+from tests.tier.crashes import CLEAN, SIZE, Moment, Recorder, Truth, User, content, slow_threads
 from tests.tier.tiers import BOOT, KIB, Size, opened, read, settle, tiered
 
 SMALL = Size(segment_bytes=256 * KIB, segments=4)
@@ -41,7 +41,7 @@ async def a_life(
             if rng.random() < 0.5:
                 killed.cancel()
     if not killed.cancelled_caught:
-        recorder.moments.append(recorder.now("closed in order"))
+        recorder.moments.append(recorder.now("the end"))
     return recorder.moments
 
 
@@ -78,7 +78,7 @@ async def check_powerless(
     store, dropped = opened(folder, SIZE, size=SMALL, sealed=sealed, boot_id="another boot")
     frames, life = store.index.frames, store.superblock.life
     store.close()
-    if moment.what != "closed in order":
+    if moment.what != CLEAN:
         assert not frames
         assert dropped or life == 1
         return
