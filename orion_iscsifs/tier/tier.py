@@ -93,6 +93,10 @@ class CompressedTier:
             self.statistics,
             level=None if level == "adaptive" else level,
         )
+        self._changes = 0
+        """How many have ended."""
+        self._durable_changes = 0
+        """So many of them ended before a flush that was good."""
         self._size = device.geometry.size_bytes
         if store.index.frames:
             self._lose((self._size, _END))  # it may have been larger at the last mount
@@ -149,7 +153,9 @@ class CompressedTier:
         self._take_in(span, memoryview(source), touched, known, passes_by=passes_by)
 
     async def flush(self) -> None:
+        covers = self._changes
         await self._device.flush()
+        self._durable_changes = max(self._durable_changes, covers)
 
     async def discard(self, offset: int, length: int) -> None:
         self._check_change(offset, length)
@@ -319,6 +325,7 @@ class CompressedTier:
             await self._invalidate(span, known)
             yield
         finally:
+            self._changes += 1
             self._staging.end_change(span)
 
     async def _invalidate(self, span: Range, known: set[int] | None = None) -> None:
@@ -429,13 +436,26 @@ class CompressedTier:
         """The end in order, once nothing is appended any more."""
         store = self.store
         await self._forget_ends()
-        if store.failed is None:
+        if store.failed is None and await self._is_durable():
             try:
                 await trio.to_thread.run_sync(store.mark_clean)
             except OSError as error:
                 store.fail("closing", error)
         if store.failed is not None:
             await self._is_retired.wait()
+
+    async def _is_durable(self) -> bool:
+        """Whether the device has for certain what it was given, and the tier may have kept.
+
+        It may lose what was not flushed, with its power: the tier would know better then.
+        """
+        if self._durable_changes < self._changes and self.geometry.write_cache:
+            with trio.move_on_after(DRAIN_S):
+                try:
+                    await self.flush()
+                except OrionError as error:
+                    log.warning("tier %s: left as in use: %s", self.store.folder, error)
+        return self._durable_changes == self._changes or not self.geometry.write_cache
 
 
 def _whole_pages(span: Range) -> list[tuple[int, int]]:
