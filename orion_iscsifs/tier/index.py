@@ -30,6 +30,7 @@ ROWS_MAX: Final = (1 << ROW_BITS) - 1
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 _SLOT_MASK: Final = SEGMENTS_MAX - 1
 _UNITS_BITS: Final = 8
+_ALIGN_SHIFT: Final = ALIGN_BYTES.bit_length() - 1
 _UNITS_MASK: Final = (1 << _UNITS_BITS) - 1
 ZERO: Final = 1
 """The pages are zeroes: there is no record."""
@@ -178,28 +179,29 @@ class Index:
         segments, heads, shift = self._segments, self._heads, self._shift
         segment = segments[slot]
         facts, places, nexts = segment.facts, segment.places, segment.nexts
-        at_row = (slot << ROW_BITS) + 1
-        for frame, place, size_bytes, valid, flags in rows:
-            bucket = (frame * _MIX & _WORD) >> shift
-            at = heads[bucket]
-            while at:
-                other, row = segments[at - 1 >> ROW_BITS], at - 1 & _ROW_MASK
-                if other.facts[row] >> _FRAME_SHIFT == frame:
-                    self.remove(frame)
-                    break
-                at = other.nexts[row]
-            row = len(facts)
-            facts.append(frame << _FRAME_SHIFT | valid << _VALID_SHIFT | flags)
-            places.append(
-                place // ALIGN_BYTES << _UNITS_BITS | size_bytes // ALIGN_BYTES & _UNITS_MASK
-            )
-            if valid:
-                nexts.append(heads[bucket])
-                heads[bucket] = at_row + row
-                segment.live += 1
-                self.frames += 1
-            else:
-                nexts.append(0)
+        row, first_id, added = len(facts), (slot << ROW_BITS) + 1, 0
+        try:
+            for frame, place, size_bytes, valid, flags in rows:
+                bucket = (frame * _MIX & _WORD) >> shift
+                at = heads[bucket]
+                while at:
+                    other, before = segments[at - 1 >> ROW_BITS], at - 1 & _ROW_MASK
+                    if other.facts[before] >> _FRAME_SHIFT == frame:
+                        self.remove(frame)
+                        break
+                    at = other.nexts[before]
+                facts.append(frame << _FRAME_SHIFT | valid << _VALID_SHIFT | flags)
+                places.append(place >> _ALIGN_SHIFT << _UNITS_BITS | size_bytes >> _ALIGN_SHIFT)
+                if valid:
+                    nexts.append(heads[bucket])
+                    heads[bucket] = first_id + row
+                    added += 1
+                else:
+                    nexts.append(0)
+                row += 1
+        finally:
+            segment.live += added
+            self.frames += added
 
     def remove(self, frame: int, pages: int = 0xFFFF) -> int:
         """These pages of the frame are not valid any more; those of them that were."""

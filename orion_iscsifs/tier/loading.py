@@ -103,9 +103,10 @@ class Loader:
         found.numbers.append(number)
         reading = _Reading(found.index, number, block.segment_bytes)
         scribe = Scribe(block.store, number)
-        entries = scribe.entries(head[journal.PAGE_BYTES :])
+        area = head[journal.PAGE_BYTES :]
+        entries = scribe.entries(area)
         if self._seal is not None:
-            entries = _tags_checked(self._seal, scribe, entries)
+            entries = _tags_checked(self._seal, scribe, area, entries)
         found.index.put_all(number, reading.rows(entries))
         found.ends[number] = reading.entries, reading.position
         found.index.end(number)
@@ -126,7 +127,7 @@ class _Reading:
         """What to put into the index, in order; what to take out of it is taken out meanwhile."""
         position, end, count, left = self.position, self._segment_bytes, 0, rows.ROWS_MAX
         frame_kind = int(Kind.FRAME)
-        for kind, valid, stored, where, place, *_ in entries:
+        for kind, valid, stored, where, place, _ in entries:
             count += 1
             if kind == frame_kind:
                 size = stored + _FRAME_EXTRA & -record.ALIGN_BYTES
@@ -154,12 +155,13 @@ class _Reading:
         self.entries, self.position = count, position
 
 
-def _tags_checked(seal: Seal, scribe: Scribe, entries: Iterator[Fields]) -> Iterator[Fields]:
+def _tags_checked(
+    seal: Seal, scribe: Scribe, area: bytes, entries: Iterator[Fields]
+) -> Iterator[Fields]:
     """Of a sealed store. A FRAME has none: its record has."""
     for ordinal, fields in enumerate(entries):
-        entry = Entry._make(fields[:-1])
-        if entry.kind != Kind.FRAME:
-            _check_tag(seal, scribe, ordinal, entry)
+        if fields[0] != Kind.FRAME:
+            _check_tag(seal, scribe, ordinal, journal.entry_at(area, ordinal))
         yield fields
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from orion_iscsifs.testing import tiers as synthetic
 from orion_iscsifs.tier.store import TierStore
-from tests.tier import synthetic
 
 GIB = 1 << 30
 MIB = 1 << 20

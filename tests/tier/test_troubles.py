@@ -79,7 +79,7 @@ TROUBLES = {
     "a new segment": (SegmentFiles, "make", errno.ENOSPC, "writing"),
     "a segment that goes": (SegmentFiles, "remove", errno.EROFS, "writing"),
     "syncing a segment": (TierStore, "sync_filled", errno.EIO, "writing"),
-    "reading": (RecordReader, "raw", errno.EIO, "reading"),
+    "reading": (RecordReader, "_opened", errno.EIO, "reading"),
 }
 
 

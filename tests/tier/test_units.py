@@ -111,7 +111,8 @@ def area(number: int, entries: list[Entry], size: int = 128) -> bytes:
 
 
 def entries_in(number: int, content: bytes) -> list[Entry]:
-    return [Entry._make(fields[:-1]) for fields in Scribe(STORE, number).entries(content)]
+    count = sum(1 for _ in Scribe(STORE, number).entries(content))
+    return [journal.entry_at(content, ordinal) for ordinal in range(count)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 128])
