@@ -242,6 +242,12 @@ class TierStore:
             0,
         )
 
+    def has_room(self, entries: int) -> bool:
+        """Whether so many entries fit into the journal of the current segment."""
+        current = self.current
+        most = journal.entries_max(self.superblock.segment_bytes)
+        return current is not None and current.entries + entries <= most
+
     def begin_segment(self) -> bool:
         """Go on in the segment that was made ahead; False: there is none. Without a checkpoint."""
         prepared = self._prepared
@@ -267,12 +273,8 @@ class TierStore:
         """
         if self.failed is not None:
             return False
-        current = self.current
-        if current is None or current.entries >= journal.entries_max(self.superblock.segment_bytes):
-            if not self.begin_segment():
-                return False
-            current = self.current
-            assert current is not None
+        if not (self.has_room(1) or self.begin_segment()):
+            return False
         entry = Entry(
             Kind.INVALIDATE, 0, 0, span[0], span[1] - span[0], self._seq(), self.superblock.life
         )
@@ -285,6 +287,7 @@ class TierStore:
         """
         current = self.current
         assert current is not None
+        assert self.has_room(len(entries)), "the journal would run into the records"
         try:
             current.add(entries, self.seal)
         except OSError as error:

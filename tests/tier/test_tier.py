@@ -10,6 +10,7 @@ from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import index
+from orion_iscsifs.tier.batch import BatchWriter, Job
 from orion_iscsifs.tier.reading import Piece
 from orion_iscsifs.tier.tier import CompressedTier, Level
 from tests.tier.tiers import KIB, MIB, Size, opened, read, settle, tiered
@@ -213,6 +214,35 @@ async def test_invalidations_do_not_run_out_of_room(memory_path: Path) -> None:
         assert tier.statistics.invalidations > 1000
         assert tier.store.state == "ok"
         assert await same(tier, memory, 0, 2 * MIB)
+
+
+async def test_changes_fill_the_journal_while_a_batch_is_written(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is no room for what the batch brings, and it is given up."""
+    memory, run = device(2 * MIB), BatchWriter.run
+    async with tiered(memory_path / "tier", memory) as tier:
+        store = tier.store
+
+        def fill_journal() -> None:
+            while store.has_room(1):
+                assert store.invalidate((MIB, MIB + 4096))
+
+        def run_meanwhile(writer: BatchWriter, job: Job) -> None:
+            run(writer, job)
+            trio.from_thread.run_sync(fill_journal)
+
+        monkeypatch.setattr(BatchWriter, "run", run_meanwhile)
+        for start in range(0, MIB, MIB // 8):
+            assert await same(tier, memory, start, MIB // 8)
+            await settle(tier)
+        monkeypatch.undo()
+        assert tier.store.state == "ok"
+        assert not store.index.frames
+    async with tiered(memory_path / "tier", memory) as tier:
+        assert await same(tier, memory, 0, MIB)
+        await settle(tier)
+        assert tier.store.index.frames
 
 
 async def test_a_cancelled_write_leaves_nothing_old(memory_path: Path) -> None:
