@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from orion_iscsifs.localstore import seal
+
 SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -61,6 +63,12 @@ def _unmet_need(item: pytest.Item) -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if reason := _unmet_need(item):
         pytest.skip(reason)
+
+
+@pytest.fixture
+def cheap_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passphrases that take no time: scrypt is slow on purpose."""
+    monkeypatch.setattr(seal, "COST", seal.Cost(16, 1, 1))
 
 
 @pytest.fixture

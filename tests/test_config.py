@@ -326,6 +326,30 @@ def test_secret_files(tmp_path: Path) -> None:
         configured(f"chap_user=u,chap_secret_file={path}")
 
 
+def test_key_files(tmp_path: Path) -> None:
+    path = secret_file(tmp_path)
+    for content, key in (
+        (b"text\n", b"text"),
+        (b"text", b"text"),
+        (b"two\nlines\r\n\n", b"two\nlines\r\n"),
+        (b"\xff\x00\n\xfe", b"\xff\x00\n\xfe"),
+    ):
+        path.write_bytes(content)
+        config, warnings = warned(f"cache_key_file={path}")
+        assert (config.cache.passphrase, warnings) == (key, [])
+        assert config.cache.key_file == str(path)
+    assert configured("").cache.passphrase is None
+    path.chmod(0o604)
+    (warning,) = warned(f"cache_key_file={path}")[1]
+    assert "every user can read" in warning
+    for content, told in ((b"", "is empty"), (b"\n", "is empty"), (bytes(2 << 20), "more than")):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=told):
+            configured(f"cache_key_file={path}")
+    with pytest.raises(UsageError, match="can't be read"):
+        configured(f"cache_key_file={tmp_path / 'none'}")
+
+
 def test_toml_then_url_then_options(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text('cache = "none"\ncache_size = "64M"\nerl = 0\nro = true\ndirty_age = 1.5\n')

@@ -130,14 +130,16 @@ class WriteLog:
         view = memoryview(source)
         for start, end in split((offset, offset + len(source)), self._payload_max):
             part = view[start - offset : end - offset]
+            packed = None if self._passes(part) else await self.store.pack(start, part)
+            check_request(self._geometry, start, len(part))  # it may have shrunk meanwhile
             if (
                 self._excluded
                 or self.destager.waiting_writers
                 or self.store.failed is not None
-                or (end - start >= LARGE_WRITE_BYTES and self.destager.is_nearly_full)
-                or not self._log(Kind.DATA, start, end - start, part)
+                or self._passes(part)
+                or not self._log(Kind.DATA, start, end - start, part, packed=packed)
             ):
-                await self._write_slowly(start, part)
+                await self._write_slowly(start, part, packed)
         if fua:
             await self.flush()
 
@@ -198,10 +200,23 @@ class WriteLog:
 
     # -- logging ---------------------------------------------------------------------------------
 
+    def _passes(self, source: memoryview) -> bool:
+        """Whether a write goes past the log if it may."""
+        return len(source) >= LARGE_WRITE_BYTES and self.destager.is_nearly_full
+
     def _log(
-        self, kind: Kind, offset: int, length: int, source: Buffer, flags: Flag = Flag.NONE
+        self,
+        kind: Kind,
+        offset: int,
+        length: int,
+        source: Buffer,
+        flags: Flag = Flag.NONE,
+        packed: bytes | None = None,
     ) -> bool:
-        """Take a change; False: there is no room, or no log. Without a checkpoint."""
+        """Take a change; False: there is no room, or no log. Without a checkpoint.
+
+        `packed`: what `LogStore.pack` has made of it.
+        """
         epochs, store, ring = self._epochs, self.store, self._ring
         view = None
         if kind is Kind.DATA:
@@ -210,7 +225,7 @@ class WriteLog:
                 return False
         number, seq = epochs.current_number, store.next_seq
         try:
-            place = store.append(kind, number, offset, length, source, flags=flags)
+            place = store.append(kind, number, offset, length, source, packed=packed, flags=flags)
         except LogError:
             place = None
         if place is None:
@@ -237,12 +252,12 @@ class WriteLog:
             destager.wake()
         return True
 
-    async def _write_slowly(self, offset: int, source: memoryview) -> None:
+    async def _write_slowly(self, offset: int, source: memoryview, packed: bytes | None) -> None:
         length = len(source)
         span = offset, offset + length
-        passes = length >= LARGE_WRITE_BYTES and self.destager.is_nearly_full
+        passes = self._passes(source)
         if (passes and self._epochs.may_be_passed(span)) or not await self._take(
-            Kind.DATA, offset, length, source
+            Kind.DATA, offset, length, source, packed=packed
         ):
             await self._past(span, lambda: self._device.write(offset, source), source)
 
@@ -254,7 +269,13 @@ class WriteLog:
             )
 
     async def _take(
-        self, kind: Kind, offset: int, length: int, source: Buffer, flags: Flag = Flag.NONE
+        self,
+        kind: Kind,
+        offset: int,
+        length: int,
+        source: Buffer,
+        flags: Flag = Flag.NONE,
+        packed: bytes | None = None,
     ) -> bool:
         """Stand in line for room and take the change. False: the log has failed."""
         span = offset, offset + length
@@ -266,7 +287,7 @@ class WriteLog:
                 while self.store.failed is None:
                     await self._exclusion.wait_until_free(span)
                     check_request(self._geometry, offset, length)  # it may have shrunk
-                    if self._log(kind, offset, length, source, flags):
+                    if self._log(kind, offset, length, source, flags, packed):
                         return True
                     destager.wake()
                     if self.store.failed is None:

@@ -5,6 +5,7 @@ DIR is a `log_dir`, or the folder of one log in it. docs/operations.md describes
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def list_logs(folder: str, as_json: bool) -> None:
     from orion_iscsifs.cli.tables import console
 
     table = Table(box=None)
-    for title in ("LOG", "LUN", "TARGET", "SIZE", "STATE", "NOT ON THE TARGET"):
+    for title in ("LOG", "LUN", "TARGET", "SIZE", "STATE", "SEALED", "NOT ON THE TARGET"):
         table.add_column(title)
     for log in logs:
         table.add_row(
@@ -49,6 +50,7 @@ def list_logs(folder: str, as_json: bool) -> None:
             log["target"] or "",
             size(log["size_bytes"]),
             log["state"],
+            "yes" if log["sealed"] else "no",
             size(log["pending_bytes"] or 0),
         )
     console().print(table)
@@ -58,13 +60,17 @@ def list_logs(folder: str, as_json: bool) -> None:
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 def check(folder: str, as_json: bool) -> int:
-    """Read every record of the logs in DIR; the exit code is 1 if one is damaged."""
+    """Read every record of the logs in DIR; the exit code is 1 if one is damaged.
+
+    No key is needed: the checksums are of what is stored.
+    """
     logs = [_examine(path) for path in _folders(folder)]
     if as_json:
         click.echo(json.dumps({"version": 1, "logs": logs}, indent=2))
     for log in [] if as_json else logs:
+        sealed = ", sealed" if log["sealed"] else ""
         told = log["damage"] or (
-            f"{log['state']}; {log['records']} records,"
+            f"{log['state']}{sealed}; {log['records']} records,"
             f" {log['pending_bytes']} bytes are not on the target"
         )
         click.echo(f"{log['folder']}: {told}")
@@ -140,6 +146,44 @@ def drop(folder: str, force: bool) -> None:
         say(f"{log['folder']}: removed")
 
 
+@cache.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--key-file", "old", required=True, metavar="FILE", help="the present key; -: stdin")
+@click.option("--new-key-file", "new", required=True, metavar="FILE", help="the new one; -: stdin")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document")
+def rekey(folder: str, old: str, new: str, as_json: bool) -> None:
+    """Give the sealed logs in DIR another key. The data is not rewritten."""
+    from orion_iscsifs.localstore.files import LogError
+    from orion_iscsifs.localstore.rekey import change_keys
+
+    if old == new == "-":
+        raise UsageError("cache rekey: both keys from stdin", advice="name a file for one of them")
+    keys = _key("--key-file", old), _key("--new-key-file", new)
+    folders = _folders(folder)
+    changed = change_keys(folders, *keys)
+    if not changed:
+        raise LogError(f"cache rekey: {folder}: no log in it is sealed")
+    if as_json:
+        logs = [{"folder": str(one), "rekeyed": one in changed} for one in folders]
+        click.echo(json.dumps({"version": 1, "logs": logs}, indent=2))
+        return
+    for one in folders:
+        say(f"{one}: {'has the new key' if one in changed else 'is not sealed'}")
+
+
+def _key(option: str, file: str) -> bytes:
+    from orion_iscsifs.config.secrets import KEY_FILE_MAX_BYTES, key_of, read_key_file
+    from orion_iscsifs.config.settings import passphrase
+
+    if file == "-":
+        content = sys.stdin.buffer.read(KEY_FILE_MAX_BYTES + 1)
+        return passphrase(key_of(f"{option} -", content))
+    key, warnings = read_key_file(option, Path(file).expanduser())
+    for warning in warnings:
+        warn(warning)
+    return passphrase(key)
+
+
 def _folders(folder: str) -> list[Path]:
     """The folder itself if it is a log, or else those in it that are."""
     from orion_iscsifs.localstore.superblock import NAMES
@@ -166,6 +210,7 @@ def _examine(folder: Path) -> dict[str, Any]:
 
     told: dict[str, Any] = {"folder": str(folder), "lun": None, "target": None, "size_bytes": 0}
     told |= {"state": "damaged", "pending_bytes": None, "records": None, "damage": None}
+    told |= {"sealed": None}
     in_use = is_in_use(folder)
     try:
         store = LogStore.open(folder, shared=True)
@@ -204,5 +249,6 @@ def _identity(block: "Superblock") -> dict[str, Any]:
         "size_bytes": block.segments * block.segment_bytes,
         "lun_bytes": block.size_bytes,
         "created": block.created,
+        "sealed": block.sealing is not None,
         "reservation_key": f"{block.key:#018x}" if block.key else None,
     }

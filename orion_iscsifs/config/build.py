@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-from orion_iscsifs.config.secrets import length_warnings, read_secret_file
+from orion_iscsifs.config.secrets import length_warnings, read_key_file, read_secret_file
 from orion_iscsifs.config.settings import (
     LOG_BYTES_MIN,
     AuthConfig,
@@ -234,6 +234,8 @@ def _cache(reader: _Reader) -> CacheConfig:
         log_dir=_log_dir(reader, mode),
         log_bytes=_log_bytes(reader),
         destage=Destage(reader.get("destage", defaults.destage)),
+        key_file=_absolute(reader.text("cache_key_file")),
+        key=_cache_key(reader),
     )
 
 
@@ -245,6 +247,15 @@ def _log_dir(reader: _Reader, mode: CacheMode) -> str | None:
             advice="add log_dir=DIR, a folder on a local disk",
         )
     return folder
+
+
+def _cache_key(reader: _Reader) -> Secret | None:
+    path = _absolute(reader.text("cache_key_file"))
+    if path is None:
+        return None
+    key, warnings = read_key_file("cache_key_file", Path(path))
+    reader.warnings += warnings
+    return key
 
 
 def _log_bytes(reader: _Reader) -> int:

@@ -45,6 +45,7 @@ def _words(config: MountConfig) -> list[tuple[str, object]]:
         ("dirty_max", cache.dirty_max_bytes),
         ("dirty_age", cache.dirty_age_s),
         *_log(cache),
+        *([] if cache.key_file is None else [("cache_key_file", cache.key_file)]),
         ("readahead", cache.readahead),
         ("replacement_timeout", session.replacement_timeout_s),
         ("login_timeout", session.login_timeout_s),

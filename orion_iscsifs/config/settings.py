@@ -33,6 +33,11 @@ class Secret(str):
         return str.__str__(self)
 
 
+def passphrase(key: Secret) -> bytes:
+    """The bytes of a key file."""
+    return key.reveal().encode(errors="surrogateescape")
+
+
 class ChapAlgorithm(enum.IntEnum):
     """CHAP_A values (RFC 7143 §12.1.3 and IANA's PPP authentication algorithms)."""
 
@@ -160,8 +165,17 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Absolute; of the persistent logs, a folder in it for each LUN."""
     log_bytes: int = 1 << 30
     destage: Destage = Destage.ORDERED
+    key_file: str | None = None
+    """Absolute; where `key` comes from."""
+    key: Secret | None = None
+    """Seals what is on the local disk; bytes that are no UTF-8 are surrogates in it."""
     log_force: bool = False
     """Replay a log that is damaged, as far as it goes, or that may be out of date."""
+
+    @property
+    def passphrase(self) -> bytes | None:
+        """What the key is made of; None: nothing is sealed."""
+        return None if self.key is None else passphrase(self.key)
 
     @property
     def survives_the_process(self) -> bool:

@@ -95,6 +95,9 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "dirty_age": Option(values.seconds, "=S", "longest time that a block stays unwritten (5)"),
     "log_dir": Option(values.nonempty, "=DIR", "cache=log: where the persistent logs live"),
     "log_size": Option(values.size_bytes, "=SIZE", "cache=log: of each LUN's log (1G)"),
+    "cache_key_file": Option(
+        values.nonempty, "=FILE", "what is on the local disk is sealed with the key in it"
+    ),
     "destage": Option(
         values.choice(*Destage), "=WORD", "cache=log: ordered by flushes, or fast (ordered)"
     ),
@@ -124,7 +127,6 @@ LATER: Final[Mapping[str, str]] = {
     "tier_size": "the local read tier",
     "tier_level": "the local read tier",
     "tier_reuse": "the local read tier",
-    "cache_key_file": "sealing of local data",
     "luks_key_file": "LUKS volumes",
     "metrics_listen": "the metrics endpoint",
     "audit_log": "the audit log",

@@ -1,8 +1,8 @@
 """Records of the log: a header of 64 bytes, the payload, zeroes up to the next 512 bytes. Pure.
 
-Every record repeats the store's id and carries the next sequence number, so that bytes of an
-earlier use of the same place are never taken for a record. The header has its own checksum: a
-reader may skip payloads. docs/log-format.md has the layout byte by byte.
+Every record repeats who owns it, a store in one of its lives, and carries the next sequence number,
+so that bytes of an earlier use of the same place are never taken for a record. The header has its
+own checksum: a reader may skip payloads. docs/log-format.md has the layout byte by byte.
 """
 
 import enum
@@ -14,17 +14,19 @@ import crc32c
 
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.errors import OrionError
+from orion_iscsifs.localstore.seal import OVERHEAD_BYTES
 
 MAGIC: Final = b"OLR1"
 HEADER_BYTES: Final = 64
 ALIGN_BYTES: Final = 512
 """Records begin at multiples of this."""
 PAYLOAD_MAX_BYTES: Final = 1 << 20
-_HEADER: Final = Struct("<4sBBHQQQQQIII")
-"""Magic, kind, flags, reserved, store id, seq, durable seq, epoch, offset, length, stored bytes,
-checksum of the payload. The header's own checksum follows."""
+STORED_MAX_BYTES: Final = PAYLOAD_MAX_BYTES + OVERHEAD_BYTES
+_BOUND: Final = Struct("<4sBBHQQQQQII")
+"""Magic, kind, flags, reserved, owner, seq, durable seq, epoch, offset, length, stored bytes."""
 _CHECKSUM: Final = Struct("<I")
-assert _HEADER.size + _CHECKSUM.size == HEADER_BYTES
+"""Of what is stored, then of the header."""
+assert _BOUND.size + 2 * _CHECKSUM.size == HEADER_BYTES
 
 
 class Kind(enum.IntEnum):
@@ -33,9 +35,9 @@ class Kind(enum.IntEnum):
     DATA = 1
     """The range holds the payload."""
     ZERO = 2
-    """The range reads as zeroes. No payload."""
+    """The range reads as zeroes. No payload, but a tag in a sealed store."""
     DESTAGED = 3
-    """Every epoch up to this one is durable on the target. No range, no payload."""
+    """Every epoch up to this one is durable on the target. No range, payload as of ZERO."""
 
 
 class Flag(enum.IntFlag):
@@ -44,6 +46,13 @@ class Flag(enum.IntFlag):
     NONE = 0
     MAY_UNMAP = 1
     """ZERO: the space may be given back."""
+    COMPRESSED = 2
+    """The payload is a frame of zstd, of `length` bytes."""
+    SEALED = 4
+    """The payload is encrypted, and the header is what its tag is over, too."""
+
+
+_KNOWN: Final = int(Flag.MAY_UNMAP | Flag.COMPRESSED | Flag.SEALED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class Header:
     length: int = 0
     """On the device, in bytes."""
     stored: int = 0
-    """Bytes of payload."""
+    """Bytes of payload, as it is on the disk."""
     payload_checksum: int = 0
     flags: Flag = Flag.NONE
 
@@ -94,44 +103,55 @@ def checksum(payload: Buffer) -> int:
     return crc32c.crc32c(payload)
 
 
-def encode(store_id: int, header: Header) -> bytes:
-    """The 64 bytes."""
-    head = _HEADER.pack(
+def owner(store: bytes, life: int) -> int:
+    """What each record repeats: the end of the store's id, and in which of its lives it is."""
+    return int.from_bytes(store[-8:], "little") ^ life
+
+
+def bound(owner: int, header: Header) -> bytes:
+    """The header but for its checksums: what sealing binds the payload to."""
+    return _BOUND.pack(
         MAGIC,
         header.kind,
         header.flags,
         0,
-        store_id,
+        owner,
         header.seq,
         header.durable,
         header.epoch,
         header.offset,
         header.length,
         header.stored,
-        header.payload_checksum,
     )
+
+
+def complete(head: bytes, stored: Buffer) -> bytes:
+    """The 64 bytes. `head` is `bound`."""
+    head += _CHECKSUM.pack(crc32c.crc32c(stored))
     return head + _CHECKSUM.pack(crc32c.crc32c(head))
 
 
-def decode(store_id: int, source: Buffer) -> Header:
+def decode(owner: int, source: Buffer) -> Header:
     """The header at the start of `source`.
 
-    Raises NoRecord if there is none of this store, BrokenRecord if there is a damaged one, and
+    Raises NoRecord if there is none of this owner, BrokenRecord if there is a damaged one, and
     UnknownRecord for a kind or a flag that this version does not know.
     """
     view = memoryview(source)[:HEADER_BYTES]
     if len(view) < HEADER_BYTES or bytes(view[:4]) != MAGIC:
         raise NoRecord("no record")
-    fields = _HEADER.unpack_from(view)
-    _, kind, flags, _, owner, seq, durable, epoch, offset, length, stored, payload_checksum = fields
-    if _CHECKSUM.unpack_from(view, _HEADER.size)[0] != crc32c.crc32c(view[: _HEADER.size]):
+    fields = _BOUND.unpack_from(view)
+    _, kind, flags, reserved, found, seq, durable, epoch, offset, length, stored = fields
+    (payload_checksum,) = _CHECKSUM.unpack_from(view, _BOUND.size)
+    own = HEADER_BYTES - _CHECKSUM.size
+    if _CHECKSUM.unpack_from(view, own)[0] != crc32c.crc32c(view[:own]):
         raise BrokenRecord("a damaged header")
-    if owner != store_id:
+    if found != owner:
         raise NoRecord("a record of another store")
     try:
         known = Kind(kind), Flag(flags)
     except ValueError:
         raise UnknownRecord(f"record {seq}: kind {kind}, flags {flags:#x}") from None
-    if int(known[1]) & ~Flag.MAY_UNMAP or stored > PAYLOAD_MAX_BYTES:
+    if int(known[1]) & ~_KNOWN or reserved or stored > STORED_MAX_BYTES:
         raise UnknownRecord(f"record {seq}: flags {flags:#x}, {stored} bytes of payload")
     return Header(known[0], seq, durable, epoch, offset, length, stored, payload_checksum, known[1])

@@ -7,7 +7,8 @@ numbers, without a gap. Where the next record is not found the log ends, for one
 * *Torn.* Something was, and not all of it reached the disk: a loss of power. Nothing that was
   promised to be durable is missing, since no durable point lies beyond the end.
 * *Damaged.* The record that is missing was durable once: a later record, or the header of a
-  segment, says so (`durable`). It may be the first one that is needed (`needed`).
+  segment, says so (`durable`). It may be the first one that is needed (`needed`). Or it is whole
+  and not what was sealed: somebody has changed it.
 
 Blocking; run it in a thread.
 """
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from orion_iscsifs.localstore import record, segment
+from orion_iscsifs.localstore.codec import Codec
 from orion_iscsifs.localstore.record import BrokenRecord, Header, Kind, NoRecord
+from orion_iscsifs.localstore.seal import BadSeal
 
 _WINDOW_BYTES: Final = 4 << 20
 
@@ -44,14 +47,26 @@ class Source:
     slot: int
     descriptor: int
     size_bytes: int
-    header: segment.SegmentHeader
+    codec: Codec
+
+    @property
+    def header(self) -> segment.SegmentHeader:
+        return self.codec.header
 
 
 class Scan:
     """One reading. Iterate over `records` to the end, then look at the other attributes."""
 
-    def __init__(self, store_id: int, sources: list[Source]) -> None:
-        self._store_id = store_id
+    def __init__(self, sources: list[Source], *, is_locked: bool = False, damage: str = "") -> None:
+        """`is_locked`: it is sealed, and there is no key to look whether all is as it was.
+
+        `damage`: of segments that are not among the sources.
+        """
+        self.damage = damage
+        """What is wrong, in words; empty when nothing is."""
+        self._is_locked = is_locked
+        if not is_locked:
+            sources = [source for source in sources if self._has_true_header(source)]
         self._sources = sorted(sources, key=lambda source: source.header.number)
         self.durable = max((source.header.durable for source in sources), default=0)
         """Everything below was durable."""
@@ -61,8 +76,6 @@ class Scan:
         self.next_seq = self.needed
         """Of the record after the last one."""
         self.last_epoch = self.destaged
-        self.damage = ""
-        """What is wrong, in words; empty when nothing is."""
         self.torn_bytes = 0
         """Bytes of segments beyond the end in which there are records that can't be used."""
         self.slots: dict[int, int] = {}
@@ -73,11 +86,13 @@ class Scan:
         """Those that may be needed, in order."""
         end: tuple[int, int] | None = None
         for index, source in enumerate(self._sources):
-            for found in self._segment(source):
+            for found, stored in self._segment(source):
                 header = found.header
                 if header.seq < self.next_seq:
                     continue  # Not needed any more, and what is next to it may be gone.
                 if header.seq > self.next_seq:
+                    break
+                if not self._is_sound(source, header, stored):
                     break
                 self.next_seq += 1
                 end = index, found.place.position + header.size_bytes - record.HEADER_BYTES
@@ -86,19 +101,37 @@ class Scan:
                 yield found
         self._judge_the_rest(end)
 
-    def _segment(self, source: Source) -> Iterator[Found]:
-        """The records of one segment, as far as they follow each other."""
+    def _has_true_header(self, source: Source) -> bool:
+        try:
+            source.codec.check_header()
+        except BadSeal:
+            self.damage = f"the header of {segment.file_name(source.slot)} is not what was sealed"
+            return False
+        return True
+
+    def _is_sound(self, source: Source, header: Header, stored: memoryview) -> bool:
+        """Whether it is what was sealed. Its checksums are right, so no accident explains it."""
+        try:
+            if not self._is_locked:
+                source.codec.opened(header, stored)
+        except BadSeal as error:
+            self.damage = self.damage or str(error)
+            return False
+        return True
+
+    def _segment(self, source: Source) -> Iterator[tuple[Found, memoryview]]:
+        """The records of one segment, as far as they follow each other, and what they hold."""
         window = _Window(source)
         position = segment.START_BYTES
         expected: int | None = None
         while True:
             try:
-                header = window.record(self._store_id, position)
+                header, stored = window.record(source.codec.owner, position)
             except NoRecord:
                 return
             if expected is not None and header.seq != expected:
                 return
-            yield Found(header, Place(source.slot, position + record.HEADER_BYTES))
+            yield Found(header, Place(source.slot, position + record.HEADER_BYTES)), stored
             expected = header.seq + 1
             position += header.size_bytes
 
@@ -121,11 +154,12 @@ class Scan:
             window = _Window(source)
             position = start if index == 0 else segment.START_BYTES
             while (position := window.find(position)) >= 0:
-                header = None
+                header, step = None, record.ALIGN_BYTES
                 try:
-                    header = window.record(self._store_id, position)
+                    header, _ = window.record(source.codec.owner, position)
+                    step = header.size_bytes
                 except BrokenRecord as error:
-                    header = error.header
+                    header = error.header  # what it says of its size may be wrong
                     if (index, position) == (0, start):
                         self.torn_bytes += record.ALIGN_BYTES
                 except NoRecord:
@@ -133,8 +167,8 @@ class Scan:
                 if header is not None and header.seq >= self.next_seq:
                     self.durable = max(self.durable, header.durable)
                     self.torn_bytes += header.size_bytes
-                position += record.ALIGN_BYTES if header is None else header.size_bytes
-        if self.durable > self.next_seq:
+                position += step
+        if self.durable > self.next_seq and not self.damage:
             lost = self.durable - self.next_seq
             self.damage = f"{lost} records from number {self.next_seq} on are damaged or missing"
 
@@ -154,15 +188,15 @@ class _Window:
             self._start, self._bytes = position, os.pread(self._source.descriptor, size, position)
         return memoryview(self._bytes)[position - self._start :][:length]
 
-    def record(self, store_id: int, position: int) -> Header:
+    def record(self, owner: int, position: int) -> tuple[Header, memoryview]:
         """The record there, its payload checked; raises as `record.decode` does."""
-        header = record.decode(store_id, self._at(position, record.HEADER_BYTES))
+        header = record.decode(owner, self._at(position, record.HEADER_BYTES))
         payload = self._at(position, record.HEADER_BYTES + header.stored)[record.HEADER_BYTES :]
         if len(payload) < header.stored or record.checksum(payload) != header.payload_checksum:
             error = BrokenRecord(f"record {header.seq} is damaged")
             error.header = header
             raise error
-        return header
+        return header, payload
 
     def find(self, position: int) -> int:
         """Where the next bytes are that look like a record, at `position` or later; or -1."""

@@ -41,7 +41,7 @@ _NONCE_BYTES: Final = 12
 _SALT_BYTES: Final = 16
 _COST: Final = Struct("<QII")
 _WRAPPING: Final = b"orion-iscsifs data key"
-_DERIVING: Final = b"orion-iscsifs derived key"
+_DERIVING: Final = b"orion-iscsifs derived key\0"
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -147,13 +147,13 @@ class Seal:
         self._key = key
         self._cipher = AESGCM(key)
 
-    def derived(self, salt: bytes) -> "Seal":
-        """One with a key of its own, for one use of a file.
+    def derived(self, salt: bytes, context: bytes = b"") -> "Seal":
+        """One with a key of its own, for one use of a file, and for what `context` says.
 
         With a random salt not even a store that was put back to an older state, and goes on from
         there a second time, seals two things alike.
         """
-        hkdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=_DERIVING)
+        hkdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=_DERIVING + context)
         return Seal(hkdf.derive(self._key))
 
     def encrypt(self, life: int, seq: int, header: bytes, payload: Buffer) -> bytes:

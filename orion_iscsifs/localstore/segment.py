@@ -19,10 +19,15 @@ START_BYTES: Final = 4096
 SEGMENT_MIN_BYTES: Final = 4 << 20
 SEGMENT_MAX_BYTES: Final = 64 << 20
 SEGMENTS_MIN: Final = 4
-_HEADER: Final = Struct("<8sI4x16sQQQQ")
-"""Magic, format version, reserved, store, number, destaged epoch, needed seq, durable seq."""
+SALT_BYTES: Final = 16
+TAG_BYTES: Final = 16
+_HEADER: Final = Struct("<8sII16sQQQQ")
+"""Magic, format version, life, store, number, destaged epoch, needed seq, durable seq."""
+_SEAL: Final = Struct(f"<{SALT_BYTES}s{TAG_BYTES}s")
+"""Salt and tag; since version 2."""
 _CHECKSUM: Final = Struct("<I")
-VERSION: Final = 1
+FIRST_VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,12 @@ class SegmentHeader:
     """No record with a smaller sequence number was needed any more when the use began."""
     durable: int
     """Every record with a smaller sequence number was durable when the use began."""
+    life: int = 0
+    """Of the store, in which the use began; 0: a version that did not count them."""
+    salt: bytes = bytes(SALT_BYTES)
+    """In a sealed store: of the key of this use."""
+    tag: bytes = bytes(TAG_BYTES)
+    """In a sealed store: over all of the above."""
 
 
 def file_name(slot: int) -> str:
@@ -49,22 +60,49 @@ def layout(log_bytes: int) -> tuple[int, int]:
     return size, log_bytes // size
 
 
+def bound(store: bytes, header: SegmentHeader) -> bytes:
+    """What the tag is over."""
+    uses = header.number, header.destaged, header.needed, header.durable
+    return _HEADER.pack(MAGIC, VERSION, header.life, store, *uses) + header.salt
+
+
 def encode(store: bytes, header: SegmentHeader) -> bytes:
     """A page."""
-    uses = header.number, header.destaged, header.needed, header.durable
-    head = _HEADER.pack(MAGIC, VERSION, store, *uses)
+    head = bound(store, header) + header.tag
     return (head + _CHECKSUM.pack(crc32c.crc32c(head))).ljust(START_BYTES, b"\0")
 
 
 def decode(store: bytes, page: Buffer) -> SegmentHeader | None:
     """None: the file is not in use by this store."""
     view = memoryview(page)
-    if len(view) < _HEADER.size + _CHECKSUM.size:
+    if not _is_sound(view):
         return None
-    magic, version, owner, *uses = _HEADER.unpack_from(view)
-    (found,) = _CHECKSUM.unpack_from(view, _HEADER.size)
-    if (magic, version, owner) != (MAGIC, VERSION, store):
+    _, version, life, owner, *uses = _HEADER.unpack_from(view)
+    number, destaged, needed, durable = uses
+    if owner != store:
         return None
-    if found != crc32c.crc32c(view[: _HEADER.size]):
-        return None
-    return SegmentHeader(*uses)
+    if version == FIRST_VERSION:
+        return SegmentHeader(number, destaged, needed, durable)
+    salt, tag = _SEAL.unpack_from(view, _HEADER.size)
+    return SegmentHeader(number, destaged, needed, durable, life, salt, tag)
+
+
+def is_damaged(page: Buffer) -> bool:
+    """Whether it is neither a header, whoever's, nor blank: there was one, and it can't be read.
+
+    A header lies within one sector, so that a loss of power leaves the old one or the new one.
+    """
+    view = memoryview(page)
+    return len(view) < START_BYTES or (any(view) and not _is_sound(view))
+
+
+def _is_sound(view: memoryview) -> bool:
+    if len(view) < START_BYTES:
+        return False
+    magic, version, *_ = _HEADER.unpack_from(view)
+    if magic != MAGIC or not FIRST_VERSION <= version <= VERSION:
+        return False
+    size = _HEADER.size if version == FIRST_VERSION else _HEADER.size + _SEAL.size
+    (found,) = _CHECKSUM.unpack_from(view, size)
+    sound: bool = found == crc32c.crc32c(view[:size])
+    return sound

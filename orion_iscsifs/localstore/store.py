@@ -4,14 +4,18 @@ Theory of operation
 -------------------
 `append` is one `pwritev` into the page cache: what it wrote survives this process. `commit` is
 `fdatasync` in a thread, shared by all who wait ("group commit"): what was appended before survives
-the host. A segment is *prepared* in the background before it is needed: its new header is durable
-before the first record goes in. It is *free* again when all its epochs are on the target.
-
-Writers never get the last prepared segment, so the destager can always record its progress.
+the host. A segment is *prepared* in the background before it is needed (`slots`): its new header is
+durable before the first record goes in.
 
 An error of the disk ends the log: `failed` is set, nothing is appended or synced again (after a
 failed fdatasync nobody knows what is on the disk), and the owner has to do without. `retire` makes
 sure that what is in it is never replayed.
+
+A log may be *sealed* (`seal`): what it stores is encrypted, and what it is given and gives back is
+not. `append` encrypts by itself, which is fast; it leaves compression to `pack`, which is not.
+
+Every opening for writing begins a new *life* of the store (`codec`), and that is durable before
+anything else is.
 
 Everything but `append` and the attributes blocks or waits. Opening and closing are plain functions,
 to be run in a thread.
@@ -19,10 +23,7 @@ to be run in a thread.
 
 import logging
 import os
-import secrets
-from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -32,44 +33,48 @@ import trio
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.flushing import SharedFlush
 from orion_iscsifs.errors import OrionError
-from orion_iscsifs.localstore import files, record, segment, superblock
+from orion_iscsifs.localstore import codec, files, record, segment, superblock
 from orion_iscsifs.localstore.files import LogError
-from orion_iscsifs.localstore.record import Flag, Header, Kind
+from orion_iscsifs.localstore.fresh import begun
+from orion_iscsifs.localstore.packing import Packer
+from orion_iscsifs.localstore.record import (
+    BrokenRecord,
+    Flag,
+    Header,
+    Kind,
+    NoRecord,
+    UnknownRecord,
+)
 from orion_iscsifs.localstore.scan import Place, Scan, Source
+from orion_iscsifs.localstore.seal import (
+    LIFE_MAX,
+    OVERHEAD_BYTES,
+    BadSeal,
+    Seal,
+    WrongKey,
+    unwrap,
+)
+from orion_iscsifs.localstore.slots import Slot, Slots
 from orion_iscsifs.localstore.superblock import ForeignFormat, Superblock
 
 log = logging.getLogger(__name__)
 
 _PAGE_MASK: Final = 4095
 _PAD: Final = bytes(4096)
-_PREPARED_AHEAD: Final = 2
-
-
-class _Slot:
-    """One file of the ring."""
-
-    def __init__(self, index: int, descriptor: int) -> None:
-        self.index: Final = index
-        self.descriptor: Final = descriptor
-        self.number = -1
-        """Which use of the file this is; -1: none."""
-        self.last_epoch = 0
-        """The newest epoch with a change in it."""
-        self.fresh = False
-        """The file has never been written: its blocks are only reserved."""
+_PACKED_IN_THREAD_BYTES: Final = 64 << 10
+"""To hand less to a thread takes longer than to compress it."""
 
 
 class LogStore:
     """See the module's docstring. Made by `create` or `open`; `close` it."""
 
-    def __init__(self, folder: Path, lock: int, counter: int, block: Superblock) -> None:
+    def __init__(
+        self, folder: Path, lock: int, counter: int, block: Superblock, key: Seal | None = None
+    ) -> None:
         self.folder: Final = folder
         self.superblock = block
         self.failed: OrionError | None = None
         self.on_failure: Callable[[], object] = lambda: None
-        self.room = trio.lowlevel.ParkingLot()
-        """Unparked when a segment has been prepared, or none ever will."""
-        self.store_id = _store_id(block)
         self.next_seq = 0
         self.durable = 0
         """Every record with a smaller sequence number is durable."""
@@ -78,28 +83,34 @@ class LogStore:
         """The first record that is needed; None: nothing is."""
         self._lock = lock
         self._counter = counter
-        self._slots: list[_Slot] = []
-        self._current: _Slot | None = None
-        self._position = 0
-        self._prepared: deque[_Slot] = deque()
-        self._unsynced: set[_Slot] = set()
+        self._key = key
+        """Of a sealed store; None: it is not sealed, or not unlocked."""
+        self._packer = Packer()
+        self._slots = Slots(block.segment_bytes)
+        self._unsynced: set[Slot] = set()
         self._commits = SharedFlush(self._sync)
-        self._work = trio.lowlevel.ParkingLot()
+
+    @property
+    def room(self) -> trio.lowlevel.ParkingLot:
+        """Unparked when a segment has been prepared, or none ever will."""
+        return self._slots.room
 
     # -- opening -----------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, folder: Path, block: Superblock) -> "LogStore":
-        """A new, empty log; its space is reserved. Raises LogError or BusyError."""
+    def create(cls, folder: Path, block: Superblock, passphrase: bytes | None = None) -> "LogStore":
+        """A new, empty log; its space is reserved. Raises LogError or BusyError.
+
+        With a passphrase it is sealed.
+        """
+        block, key = begun(block, passphrase)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = files.lock(folder)
             try:
                 files.remove_files(folder)
-                store = cls(folder, lock, 0, block)
-                store._slots = [
-                    _create_slot(folder, index, block) for index in range(block.segments)
-                ]
+                store = cls(folder, lock, 0, block, key)
+                store._slots.create(folder, block.segments)
                 store.write_superblock(block)
                 store.write_superblock(block)
             except BaseException:
@@ -123,10 +134,7 @@ class LogStore:
                     raise ForeignFormat("neither of its superblocks is sound")
                 store = cls(folder, lock, *found)
                 mode = os.O_RDONLY if shared else os.O_RDWR
-                store._slots = [
-                    _Slot(index, os.open(folder / segment.file_name(index), mode | os.O_CLOEXEC))
-                    for index in range(found[1].segments)
-                ]
+                store._slots.open(folder, found[1].segments, mode)
             except BaseException:
                 if lock >= 0:
                     os.close(lock)
@@ -143,29 +151,60 @@ class LogStore:
             ) from None
         return store
 
-    def restart(self, block: Superblock) -> None:
+    def unlock(self, passphrase: bytes | None, known: "LogStore | None" = None) -> None:
+        """To come before `scan`, if the log is to be replayed. Blocks; raises LogError or WrongKey.
+
+        None: there is no key, so it must not be sealed. `known`: the same log, as it was opened and
+        unlocked before, which saves the time that this takes.
+        """
+        sealing = self.superblock.sealing
+        if sealing is None:
+            return
+        if known is not None and known.superblock.sealing == sealing:
+            self._key = known._key
+            return
+        if passphrase is None:
+            raise LogError(
+                f"log {self.folder}: is sealed, and there is no key",
+                advice="add cache_key_file=FILE; `orion-iscsifs cache drop` gives the log up",
+            )
+        try:
+            self._key = Seal(unwrap(sealing, passphrase, self.superblock.store))
+        except WrongKey as error:
+            raise WrongKey(
+                f"log {self.folder}: {error}",
+                advice="give cache_key_file= the key that it was sealed with;"
+                " `orion-iscsifs cache drop` gives the log up",
+            ) from None
+
+    def restart(self, block: Superblock, passphrase: bytes | None = None) -> None:
         """As after `create`, in the files that are there: nothing in them counts any more.
 
         Blocks; raises LogError.
         """
+        block, key = begun(block, passphrase)
         try:
             self.write_superblock(block)
             self.write_superblock(block)
         except OSError as error:
             raise self._fail("writing the superblock", error) from None
-        self.store_id = _store_id(block)
+        self._key = key
 
     def scan(self) -> Scan:
         """Of all segments; blocks while its records are iterated over."""
-        sources = []
-        for slot in self._slots:
+        block, sources, damage = self.superblock, [], ""
+        for slot in self._slots.all:
             page = os.pread(slot.descriptor, segment.START_BYTES, 0)
-            header = segment.decode(self.superblock.store, page)
+            header = segment.decode(block.store, page)
+            if segment.is_damaged(page):
+                damage = f"the header of {segment.file_name(slot.index)} is damaged"
             if header is not None:
                 slot.number = header.number
-                size = min(os.fstat(slot.descriptor).st_size, self.superblock.segment_bytes)
-                sources.append(Source(slot.index, slot.descriptor, size, header))
-        return Scan(self.store_id, sources)
+                slot.codec = codec.known_use(header, block.store, self._key, block.lun)
+                size = min(os.fstat(slot.descriptor).st_size, block.segment_bytes)
+                sources.append(Source(slot.index, slot.descriptor, size, slot.codec))
+        is_locked = block.sealing is not None and self._key is None
+        return Scan(sources, is_locked=is_locked, damage=damage)
 
     def resume(self, scan: Scan) -> None:
         """Go on after what `scan` has found. Blocks; raises LogError."""
@@ -175,18 +214,47 @@ class LogStore:
             raise LogError(f"log {self.folder}: can't be gone on with: {error.strerror}") from None
 
     def _resume(self, scan: Scan) -> None:
+        self._begin_life()
         # The process before may have died before it had synced them.
-        files.fdatasync_all([slot.descriptor for slot in self._slots])
+        files.fdatasync_all([slot.descriptor for slot in self._slots.all])
         self.next_seq = self.durable = scan.next_seq
         self.destaged, self._oldest = scan.destaged, scan.needed
-        for slot in self._slots:
+        for slot in self._slots.all:
             slot.last_epoch = scan.slots.get(slot.index, 0)
-            if slot.number >= 0 and slot.index not in scan.slots:
-                # Its records, if there are any, lie beyond the end. They must not come back.
-                os.pwrite(slot.descriptor, _PAD[: segment.START_BYTES], 0)
-                os.fdatasync(slot.descriptor)
+        unused = [
+            slot for slot in self._slots.all if slot.number >= 0 and slot.index not in scan.slots
+        ]
+        # Their records, if there are any, are not needed or lie beyond the end: they must not come
+        # back. But first of all, one says what is not needed: that may be known from these alone.
+        for slot in unused[:1]:
+            files.prepare(slot.descriptor, self._begin_use(slot), 0)
+            self._slots.add_prepared(slot)
+        for slot in unused[1:]:
+            os.pwrite(slot.descriptor, _PAD[: segment.START_BYTES], 0)
+            os.fdatasync(slot.descriptor)
+            slot.codec = None
+
+    def _begin_life(self) -> None:
+        assert self._key is not None or self.superblock.sealing is None
+        # A copy of the superblock that was lost may have known of more lives than the other one.
+        used = [slot.codec.header.life for slot in self._slots.all if slot.codec is not None]
+        life = 1 + max(self.superblock.life, *used, 0)
+        if life > LIFE_MAX:
+            raise LogError(
+                f"log {self.folder}: has been opened too often to be written to again",
+                advice="`orion-iscsifs cache drop` gives it up, with what is in it",
+            )
+        self.write_superblock(msgspec.structs.replace(self.superblock, life=life))
 
     # -- writing -----------------------------------------------------------------------------
+
+    async def pack(self, offset: int, payload: Buffer) -> bytes | None:
+        """Compressed, for `append`; None: it goes in as it is. What is long is done in a thread."""
+        if self._key is None or not self._packer.wants(offset, len(payload)):
+            return None
+        if len(payload) < _PACKED_IN_THREAD_BYTES:
+            return self._packer.pack(offset, payload)
+        return await trio.to_thread.run_sync(self._packer.pack, offset, payload)
 
     def append(
         self,
@@ -196,38 +264,43 @@ class LogStore:
         length: int = 0,
         payload: Buffer = b"",
         *,
+        packed: bytes | None = None,
         flags: Flag = Flag.NONE,
         reserve: bool = False,
     ) -> Place | None:
         """Write a record; where its payload is, or None: no room now (see `room`).
 
-        `reserve`: may use the last prepared segment. Raises LogError when the log has failed.
+        `packed`: what `pack` has made of the payload. `reserve`: may use the last prepared segment.
+        Raises LogError when the log has failed.
         """
         if self.failed is not None:
             raise self.failed
+        if packed is not None:
+            payload, flags = packed, flags | Flag.COMPRESSED
         stored = len(payload)
+        if self._key is not None:
+            stored, flags = stored + OVERHEAD_BYTES, flags | Flag.SEALED
         size = record.record_bytes(stored)
-        slot = self._current
-        if slot is None or self._position + size > self.superblock.segment_bytes:
-            slot = self._next_segment(reserve=reserve)
-            if slot is None:
-                return None
-        position = self._position
+        slot = self._slots.with_room(size, reserve=reserve)
+        if slot is None:
+            return None
+        assert slot.codec is not None  # it is prepared
+        position = self._slots.position
         header = Header(
-            kind, self.next_seq, self.durable, epoch, offset, length, stored,
-            record.checksum(payload), flags,
-        )  # fmt: skip
+            kind, self.next_seq, self.durable, epoch, offset, length, stored, flags=flags
+        )
+        head, content = slot.codec.encode(header, payload)
         # To the end of the page, so that the kernel never has to read what it holds.
         end = position + record.HEADER_BYTES + stored
         padding = min(-end & _PAGE_MASK, self.superblock.segment_bytes - end)
-        parts = (record.encode(self.store_id, header), payload, _PAD[:padding])
+        parts = (head, content, _PAD[:padding])
         try:
             written = os.pwritev(slot.descriptor, parts, position)
         except OSError as error:
             raise self._fail("writing", error) from None
         if written != record.HEADER_BYTES + stored + padding:
             raise self._fail("writing", OSError(28, os.strerror(28)))
-        self._position = position + size
+        self._slots.position = position + size
         self.next_seq += 1
         self._unsynced.add(slot)
         self._commits.note_write()
@@ -236,15 +309,6 @@ class LogStore:
             if self._oldest is None:
                 self._oldest = header.seq
         return Place(slot.index, position + record.HEADER_BYTES)
-
-    def _next_segment(self, *, reserve: bool) -> _Slot | None:
-        if len(self._prepared) <= (0 if reserve else 1):
-            self._work.unpark()
-            return None
-        self._current = self._prepared.popleft()
-        self._position = segment.START_BYTES
-        self._work.unpark()
-        return self._current
 
     def note_destaged(self, epoch: int, oldest: int | None) -> None:
         """Every epoch up to this one is durable on the target: their segments are free.
@@ -259,7 +323,7 @@ class LogStore:
             self.append(Kind.DESTAGED, epoch, offset=needed, reserve=True)
         except LogError:
             return
-        self._work.unpark()
+        self._slots.look_again()
 
     async def commit(self) -> None:
         """Everything appended before this call is durable when it returns. Raises LogError."""
@@ -281,68 +345,61 @@ class LogStore:
     # -- reading -----------------------------------------------------------------------------
 
     async def read(self, place: Place, checksum: int, length: int) -> bytes:
-        """The payload of a record. Raises LogError if it can't be had, or is damaged."""
-        descriptor = self._slots[place.slot].descriptor
+        """The `length` bytes that a record brings; `checksum` is that of what is stored.
+
+        Raises LogError if they can't be had, or are damaged.
+        """
+        slot = self._slots.all[place.slot]
         try:
-            payload = await trio.to_thread.run_sync(os.pread, descriptor, length, place.position)
+            return await trio.to_thread.run_sync(_content, slot, place, checksum, length)
         except OSError as error:
             raise LogError(f"log {self.folder}: reading: {error.strerror}") from None
-        if len(payload) != length or record.checksum(payload) != checksum:
-            raise LogError(f"log {self.folder}: a record has been damaged since it was written")
-        return payload
+        except (NoRecord, UnknownRecord, BadSeal):
+            raise LogError(
+                f"log {self.folder}: a record has been damaged since it was written"
+            ) from None
 
     # -- segments ----------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:
         """Of segments that hold something that the target does not have for certain."""
-        full = self.superblock.segment_bytes
-        current = 0 if self._current is None else self._position
-        return current + full * sum(self._is_needed(slot) for slot in self._slots)
+        return self._slots.used_bytes(self.destaged)
 
     @property
     def free_segments(self) -> int:
         """Prepared, or as good as."""
-        return len(self._slots) - sum(map(self._is_needed, self._slots)) - bool(self._current)
-
-    def _is_needed(self, slot: _Slot) -> bool:
-        return slot is not self._current and slot.last_epoch > self.destaged
+        return self._slots.free(self.destaged)
 
     async def keep_prepared(self) -> None:
         """The background: prepares segments that are free, in the order in which they were used."""
         while self.failed is None:
-            slot = self._to_prepare()
+            slot = self._slots.to_prepare(self.destaged)
             if slot is None:
-                await self._work.park()
+                await self._slots.wait_for_work()
                 continue
-            header = segment.SegmentHeader(
-                1 + max(other.number for other in self._slots),
-                self.destaged,
-                self.next_seq if self._oldest is None else self._oldest,
-                self.durable,
-            )
-            page = segment.encode(self.superblock.store, header)
             zeroed = 0 if self.room or not slot.fresh else self.superblock.segment_bytes
-            slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
+            page = self._begin_use(slot)
             try:
                 await trio.to_thread.run_sync(files.prepare, slot.descriptor, page, zeroed)
             except OSError as error:
                 self._fail("preparing a segment", error)
                 return
-            self._prepared.append(slot)
-            self.room.unpark_all()
+            self._slots.add_prepared(slot)
 
-    def _to_prepare(self) -> _Slot | None:
-        if len(self._prepared) >= _PREPARED_AHEAD:
-            return None
-        free = [
-            slot
-            for slot in self._slots
-            if slot is not self._current
-            and slot not in self._prepared
-            and slot.last_epoch <= self.destaged
-        ]
-        return min(free, key=lambda slot: slot.number, default=None)
+    def _begin_use(self, slot: Slot) -> bytes:
+        """The first page of a segment that is to be used anew."""
+        block = self.superblock
+        header = segment.SegmentHeader(
+            self._slots.next_number,
+            self.destaged,
+            self.next_seq if self._oldest is None else self._oldest,
+            self.durable,
+            block.life,
+        )
+        slot.codec = codec.new_use(header, block.store, self._key, block.lun)
+        slot.number, slot.last_epoch, slot.fresh = header.number, 0, False
+        return segment.encode(block.store, slot.codec.header)
 
     # -- ending ------------------------------------------------------------------------------
 
@@ -351,15 +408,14 @@ class LogStore:
         if self.failed is None:
             self.failed = LogError(f"log {self.folder}: {doing}: {error.strerror or error}")
             log.error("%s; going on without it, in write-through", self.failed)
-            self.room.unpark_all()
-            self._work.unpark_all()
+            self._slots.end()
             self.on_failure()
         return self.failed
 
     def write_superblock(self, block: Superblock) -> None:
         """The next copy, durable. Blocks; raises OSError."""
         self._counter += 1
-        page = superblock.encode(self._counter, block)
+        page = superblock.encode(self._counter, block, incompat=block.incompat)
         files.write_superblock_page(self.folder, self._counter, page)
         self.superblock = block
 
@@ -395,42 +451,22 @@ class LogStore:
 
     def close(self) -> None:
         """Give the files back; what was appended stays."""
-        for slot in self._slots:
-            os.close(slot.descriptor)
-        self._slots = []
+        self._slots.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
 
-def new_superblock(
-    lun: str, *, size_bytes: int, block_bytes: int, log_bytes: int, target: str = ""
-) -> Superblock:
-    """For a new log of `log_bytes`. Raises LogError if that is too little."""
-    size, count = segment.layout(log_bytes)
-    if count < segment.SEGMENTS_MIN:
-        least = segment.SEGMENTS_MIN * segment.SEGMENT_MIN_BYTES
-        raise LogError(f"log_size: {log_bytes} bytes are less than {least}")
-    return Superblock(
-        store=secrets.token_bytes(16),
-        lun=lun,
-        size_bytes=size_bytes,
-        block_bytes=block_bytes,
-        segment_bytes=size,
-        segments=count,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        target=target,
-    )
-
-
-def _store_id(block: Superblock) -> int:
-    """What each record repeats."""
-    return int.from_bytes(block.store[-8:], "little")
-
-
-def _create_slot(folder: Path, index: int, block: Superblock) -> _Slot:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    slot = _Slot(index, os.open(folder / segment.file_name(index), flags, 0o600))
-    os.posix_fallocate(slot.descriptor, 0, block.segment_bytes)
-    slot.fresh = True
-    return slot
+def _content(slot: Slot, place: Place, checksum: int, length: int) -> bytes:
+    """What a record brings; raises as `record.decode` and `Codec.decode` do, and OSError."""
+    if slot.codec is None:
+        raise NoRecord("the segment is not in use")
+    size = record.HEADER_BYTES + length + OVERHEAD_BYTES
+    found = os.pread(slot.descriptor, size, place.position - record.HEADER_BYTES)
+    header = record.decode(slot.codec.owner, found)
+    stored = memoryview(found)[record.HEADER_BYTES :][: header.stored]
+    if header.payload_checksum != checksum or record.checksum(stored) != checksum:
+        raise BrokenRecord(f"record {header.seq} is damaged")
+    if header.length != length:
+        raise NoRecord("another record")
+    return slot.codec.decode(header, stored)

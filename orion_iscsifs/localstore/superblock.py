@@ -114,6 +114,12 @@ def decode(
         raise ForeignFormat(f"its superblock can't be understood: {error}") from None
 
 
+def incompat(page: Buffer) -> int:
+    """The incompatible features of a page that `decode` has found sound."""
+    bits: int = _HEAD.unpack_from(page)[4]
+    return bits
+
+
 @overload
 def newest(pages: Sequence[Buffer]) -> tuple[int, Superblock] | None: ...
 @overload

@@ -34,7 +34,8 @@ from orion_iscsifs.initiator.keys import LunKeys, lun_stem
 from orion_iscsifs.initiator.lun import LunDevice
 from orion_iscsifs.initiator.standing import Own, Seen, foreign_key
 from orion_iscsifs.localstore.files import LogError
-from orion_iscsifs.localstore.store import LogStore, new_superblock
+from orion_iscsifs.localstore.fresh import new_superblock
+from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.localstore.superblock import NAMES, Superblock
 from orion_iscsifs.stack.exclusive import Exclusive, lun_name
 
@@ -84,13 +85,46 @@ class Evidence:
         return ""
 
 
+async def look(disk: LunDevice, config: CacheConfig) -> LogStore | None:
+    """The log that is there, closed, for `open_log`. Raises LogError or WrongKey.
+
+    To be called before a reservation is made: a mount that is refused for its key must not leave a
+    trace at the target that makes the next one doubt who has written.
+    """
+    assert config.log_dir is not None
+    folder = log_folder(config.log_dir, disk.info.name)
+    return await trio.to_thread.run_sync(_look, folder, config)
+
+
+def _look(folder: Path, config: CacheConfig) -> LogStore | None:
+    if not any((folder / name).exists() for name in NAMES):
+        return None
+    store = LogStore.open(folder, shared=True)
+    try:
+        store.unlock(config.passphrase)
+    finally:
+        store.close()
+    block = store.superblock
+    if config.key is not None and block.sealing is None and not (block.clean or block.ended):
+        raise LogError(
+            f"log {folder}: may hold data that the target lacks, and is not sealed",
+            advice="run `orion-iscsifs cache replay` once without cache_key_file=;"
+            " the next mount makes the log anew, sealed",
+        )
+    return store
+
+
 @asynccontextmanager
 async def open_log(
-    device: BlockDevice, disk: LunDevice, exclusive: Exclusive | None, config: CacheConfig
+    device: BlockDevice,
+    disk: LunDevice,
+    exclusive: Exclusive | None,
+    config: CacheConfig,
+    known: LogStore | None,
 ) -> AsyncIterator[WriteLog]:
-    """The device with its log in front, for the time of the body.
+    """The device with its log in front, for the time of the body. `known`: what `look` has found.
 
-    Raises LogError or BusyError when there is a log that must not be used.
+    Raises LogError, WrongKey or BusyError when there is a log that must not be used.
     """
     assert config.log_dir is not None
     lun = disk.info.name
@@ -101,8 +135,9 @@ async def open_log(
         )
     folder = log_folder(config.log_dir, lun)
     owner = state_dir() / "logs" / lun_stem(lun_name(disk))
+    evidence, now = _evidence(owner, disk, exclusive), trio.current_time()
     store, epochs = await trio.to_thread.run_sync(
-        _open, folder, disk, config, _evidence(owner, disk, exclusive), trio.current_time()
+        lambda: _open(folder, disk, config, known, evidence, now)
     )
     try:
         keep(owner, store.superblock.store.hex() + "\n")
@@ -197,9 +232,14 @@ def _evidence(owner: Path, disk: LunDevice, exclusive: Exclusive | None) -> Evid
 
 
 def _open(
-    folder: Path, disk: LunDevice, config: CacheConfig, evidence: Evidence, now: float
+    folder: Path,
+    disk: LunDevice,
+    config: CacheConfig,
+    known: LogStore | None,
+    evidence: Evidence,
+    now: float,
 ) -> tuple[LogStore, Epochs]:
-    """Blocks. Raises LogError or BusyError."""
+    """Blocks. Raises LogError, WrongKey or BusyError."""
     geometry = disk.geometry
     wanted = new_superblock(
         disk.info.name,
@@ -209,21 +249,24 @@ def _open(
         target=f"{disk.session.nexus.target_name} LUN {disk.number}",
     )
     if not any((folder / name).exists() for name in NAMES):
-        return LogStore.create(folder, wanted), Epochs()
+        return LogStore.create(folder, wanted, config.passphrase), Epochs()
     store = LogStore.open(folder)
     try:
-        force = config.log_force
-        epochs = _take_over(store, geometry, wanted, None if force else evidence, now)
+        store.unlock(config.passphrase, known)
+        epochs = _take_over(store, disk, config, evidence, now)
     except BaseException:
         store.close()
         raise
     if epochs is not None:
         return store, epochs
-    if _layout(store.superblock) == _layout(wanted) and not store.superblock.ended:
-        store.restart(wanted)
+    block = store.superblock
+    # What is in the files of a log that was not sealed is to be gone.
+    to_be_sealed = config.key is not None and block.sealing is None
+    if _layout(block) == _layout(wanted) and not block.ended and not to_be_sealed:
+        store.restart(wanted, config.passphrase)
         return store, Epochs()
     store.close()
-    return LogStore.create(folder, wanted), Epochs()
+    return LogStore.create(folder, wanted, config.passphrase), Epochs()
 
 
 def _layout(block: Superblock) -> tuple[int, int]:
@@ -231,16 +274,17 @@ def _layout(block: Superblock) -> tuple[int, int]:
 
 
 def _take_over(
-    store: LogStore, geometry: Geometry, wanted: Superblock, evidence: Evidence | None, now: float
+    store: LogStore, disk: LunDevice, config: CacheConfig, known: Evidence, now: float
 ) -> Epochs | None:
     """What is in the log; None: nothing that is needed, a new log may take its place.
 
-    Without `evidence` it is replayed as far as it can be read, whatever speaks against it.
+    With `log_force` it is replayed as far as it can be read, whatever speaks against it.
     """
     block, folder = store.superblock, store.folder
+    evidence = None if config.log_force else known
     if block.ended:
         return None
-    check_owner(store, wanted.lun, geometry)
+    check_owner(store, disk.info.name, disk.geometry)
     if block.clean:
         return None
     epochs, scan = recover(store, now)

@@ -79,6 +79,7 @@ def log_status(log: WriteLog) -> dict[str, Any]:
         "size_bytes": block.segments * block.segment_bytes,
         "used_bytes": log.store.used_bytes,
         "state": log.state,
+        "sealed": block.sealing is not None,
     }
 
 

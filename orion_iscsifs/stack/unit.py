@@ -54,10 +54,12 @@ class Unit(AbstractAsyncContextManager[object]):
 
     async def __aenter__(self) -> Self:
         """The data path, bottom first. Raises BusyError when somebody else writes to the LUN."""
-        config = self._config
+        config, known_log = self._config, None
         device: BlockDevice = self.disk
         async with AsyncExitStack() as layers:
             layers.callback(self.disk.close)
+            if config.cache.mode is CacheMode.LOG and not device.geometry.read_only:
+                known_log = await logs.look(self.disk, config.cache)
             if wanted(config) and not device.geometry.read_only:
                 self.exclusive = await layers.enter_async_context(
                     hold(self.disk, config, self._mountpoint)
@@ -70,7 +72,7 @@ class Unit(AbstractAsyncContextManager[object]):
             cache = config.cache
             if cache.mode is CacheMode.LOG and not device.geometry.read_only:
                 self.log = await layers.enter_async_context(
-                    logs.open_log(device, self.disk, self.exclusive, cache)
+                    logs.open_log(device, self.disk, self.exclusive, cache, known_log)
                 )
                 top = self.log
             elif cache.mode is CacheMode.LOG:

@@ -51,13 +51,15 @@ async def logged(
     dirty_age_s: float = 5.0,
     ordered: bool = True,
     forgive_damage: bool = False,
+    passphrase: bytes | None = None,
 ) -> AsyncIterator[WriteLog]:
-    """Go on with the log in `folder`, or begin one."""
+    """Go on with the log in `folder`, or begin one; with a passphrase it is sealed."""
     if (folder / NAMES[0]).exists():
         store = LogStore.open(folder)
+        store.unlock(passphrase)
     else:
         block = superblock(device.geometry.size_bytes, size)
-        store = LogStore.create(folder, block)
+        store = LogStore.create(folder, block, passphrase)
     try:
         epochs, scan = recover(store, trio.current_time())
         assert forgive_damage or not scan.damage, scan.damage

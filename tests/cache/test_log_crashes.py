@@ -19,14 +19,25 @@ SMALL = Size(segment_bytes=64 * KIB, segments=5, dirty_max_bytes=96 * KIB)
 
 
 async def a_life(
-    folder: Path, memory: MemoryDevice, promise: Promise, rng: random.Random, *, ordered: bool
+    folder: Path,
+    memory: MemoryDevice,
+    promise: Promise,
+    rng: random.Random,
+    *,
+    ordered: bool,
+    key: bytes | None,
 ) -> list[Moment]:
     """Write for a while, with two writers; moments of it, the last of them in the middle."""
     share = rng.choice((0.04, 0.1))
     recorder = Recorder(folder, memory, promise, lambda: rng.random() < share)
     with recorder.watching(), trio.CancelScope() as killed:
         async with logged(
-            folder, recorder.device(rng), dirty_age_s=0.5, ordered=ordered, size=SMALL
+            folder,
+            recorder.device(rng),
+            dirty_age_s=0.5,
+            ordered=ordered,
+            size=SMALL,
+            passphrase=key,
         ) as write_log:
             writer = Writer(write_log, promise, rng)
             async with trio.open_nursery() as nursery:
@@ -44,7 +55,13 @@ async def a_life(
 
 
 async def check(
-    moment: Moment, crash: Crash, folder: Path, rng: random.Random, *, ordered: bool
+    moment: Moment,
+    crash: Crash,
+    folder: Path,
+    rng: random.Random,
+    *,
+    ordered: bool,
+    key: bytes | None,
 ) -> None:
     """Mount again after the crash, look, write on, crash again by SIGKILL, and look again."""
     memory = moment.after(crash, folder, rng)
@@ -52,7 +69,7 @@ async def check(
     if ordered:
         moment.promise.check(device_alone, least={}, ordered=True)
     promise, least = moment.promise, moment.least(crash)
-    async with logged(folder, memory, ordered=ordered, size=SMALL) as write_log:
+    async with logged(folder, memory, ordered=ordered, size=SMALL, passphrase=key) as write_log:
         image = bytearray(GEOMETRY.size_bytes)
         await write_log.read_into(0, memoryview(image))
         promise.check(bytes(image), least=least, ordered=ordered and crash is not Crash.KILL)
@@ -66,15 +83,18 @@ async def test_what_was_promised_is_there(
     seed: int,
     ordered: bool,
     autojump_clock: object,
+    cheap_keys: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = random.Random(seed)
+    key = b"a passphrase" if seed % 3 == 2 else None
     # Few requests go with FUA, more of them with a flush behind them: both are wanted.
     monkeypatch.setattr(logdestage, "WORKERS", rng.choice((1, 3, 16)))
     memory = MemoryDevice(geometry=GEOMETRY, volatile_cache=True)
     promise = Promise()
-    moments = await a_life(memory_path / "log", memory, promise, rng, ordered=ordered)
+    moments = await a_life(memory_path / "log", memory, promise, rng, ordered=ordered, key=key)
     for number, moment in enumerate(moments):
         for crash in Crash:
-            await check(moment, crash, memory_path / f"{number}-{crash.name}", rng, ordered=ordered)
+            left = memory_path / f"{number}-{crash.name}"
+            await check(moment, crash, left, rng, ordered=ordered, key=key)
     assert moments

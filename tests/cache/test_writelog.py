@@ -29,10 +29,15 @@ GEOMETRIES = {
 
 @asynccontextmanager
 async def over_memory(
-    folder: Path, geometry: Geometry, *, cached: bool = False, ordered: bool = True
+    folder: Path,
+    geometry: Geometry,
+    *,
+    cached: bool = False,
+    ordered: bool = True,
+    key: bytes | None = None,
 ) -> AsyncIterator[BlockDevice]:
     memory = GuardedDevice(MemoryDevice(geometry=geometry, volatile_cache=True), strict=True)
-    async with logged(folder, memory, ordered=ordered) as write_log:
+    async with logged(folder, memory, ordered=ordered, passphrase=key) as write_log:
         if not cached:
             yield GuardedDevice(write_log)
             return
@@ -48,6 +53,14 @@ async def test_contract(
     memory_path: Path, geometry: Geometry, check: Check, ordered: bool, autojump_clock: object
 ) -> None:
     async with over_memory(memory_path / "log", geometry, ordered=ordered) as device:
+        await check(device, random.Random(1))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+async def test_contract_of_a_sealed_log(
+    memory_path: Path, check: Check, autojump_clock: object, cheap_keys: object
+) -> None:
+    async with over_memory(memory_path / "log", GEOMETRIES["512"], key=b"a passphrase") as device:
         await check(device, random.Random(1))
 
 

@@ -6,12 +6,15 @@ in the file was true at the time of the kill. `read_reports` makes a `Promise` o
 
 import os
 import random
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import patch
 
 import trio
 
 from orion_iscsifs.cache.writelog import WriteLog
-from orion_iscsifs.config import CacheConfig, CacheMode, Destage, MountConfig, SessionConfig
+from orion_iscsifs.config import CacheConfig, CacheMode, Destage, MountConfig, Secret, SessionConfig
+from orion_iscsifs.localstore import seal
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.url import parse
 from tests.cache.crashes import BLOCK, BLOCKS, Promise, stamp
@@ -19,7 +22,9 @@ from tests.cache.crashes import BLOCK, BLOCKS, Promise, stamp
 AREA = BLOCK * BLOCKS
 
 
-def config(log_dir: str, mode: CacheMode, destage: Destage) -> MountConfig:
+def config(
+    log_dir: str, mode: CacheMode, destage: Destage, key: Secret | None = None
+) -> MountConfig:
     cache = CacheConfig(
         mode=mode,
         size_bytes=4 << 20,
@@ -28,6 +33,7 @@ def config(log_dir: str, mode: CacheMode, destage: Destage) -> MountConfig:
         log_dir=log_dir,
         log_bytes=16 << 20,
         destage=destage,
+        key=key,
     )
     return MountConfig(
         session=SessionConfig(initiator_name="iqn.2026-11.org.example:crash"), cache=cache
@@ -47,7 +53,13 @@ def live(url: str, settings: MountConfig, reports: str, state: str, seed: int, f
             tell("open")
             await _write(stack, random.Random(seed), tell, first)
 
-    trio.run(run)
+    with cheap_keys():
+        trio.run(run)
+
+
+def cheap_keys() -> AbstractContextManager[object]:
+    """Scrypt is slow on purpose, and a life is short."""
+    return patch.object(seal, "COST", seal.Cost(16, 1, 1))
 
 
 async def _write(stack: Stack, rng: random.Random, tell: object, first: int) -> None:
@@ -81,7 +93,8 @@ def read(url: str, settings: MountConfig, target: str, state: str) -> None:
             await stack.files["lun1"].read_into(0, memoryview(content))
             return bytes(content)
 
-    Path(target).write_bytes(trio.run(run))
+    with cheap_keys():
+        Path(target).write_bytes(trio.run(run))
 
 
 def read_reports(reports: Path, promise: Promise) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from orion_iscsifs.config import CacheMode, Destage
+from orion_iscsifs.config import CacheMode, Destage, Secret
 from orion_iscsifs.localstore import record
 from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.testing.programs import wait_until
@@ -45,7 +45,8 @@ class Host:
         with self.disk.open("r+b") as file:
             file.truncate(16 << 20)
         self.target = EmbeddedTarget(Product(home), {1: str(self.disk)})
-        self._settings = life.config(str(home / "logs"), CacheMode.LOG, self.destage)
+        key = Secret("a passphrase") if seed % 4 == 2 else None
+        self._settings = life.config(str(home / "logs"), CacheMode.LOG, self.destage, key)
 
     def live_and_die(self) -> int:
         """A life that ends with SIGKILL at any time; how far its log was durable by then."""

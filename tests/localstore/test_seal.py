@@ -27,12 +27,9 @@ from orion_iscsifs.localstore.seal import (
 )
 
 STORE, KEY = bytes(range(16)), bytes(range(32))
-LOW = Cost(16, 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seal, "COST", LOW)
+pytestmark = pytest.mark.usefixtures("cheap_keys")
 
 
 # -- the passphrase ------------------------------------------------------------------------------
@@ -149,10 +146,10 @@ def test_a_record_as_the_format_says() -> None:
     assert Seal(KEY).encrypt(7, 99, b"head", b"body") == AESGCM(KEY).encrypt(
         nonce, b"body", b"head"
     )
-    derived = HKDF(hashes.SHA256(), 32, salt=STORE, info=b"orion-iscsifs derived key").derive(KEY)
-    assert Seal(KEY).derived(STORE).encrypt(7, 99, b"head", b"body") == AESGCM(derived).encrypt(
-        nonce, b"body", b"head"
-    )
+    info = b"orion-iscsifs derived key\0naa.1"
+    derived = HKDF(hashes.SHA256(), 32, salt=STORE, info=info).derive(KEY)
+    found = Seal(KEY).derived(STORE, b"naa.1").encrypt(7, 99, b"head", b"body")
+    assert found == AESGCM(derived).encrypt(nonce, b"body", b"head")
 
 
 LIVES = st.integers(0, LIFE_MAX)
@@ -209,6 +206,6 @@ def test_every_bit_of_a_record_counts() -> None:
 
 def test_another_key_or_another_use_opens_nothing() -> None:
     whole = Record()
-    for one in (Seal(bytes(32)), Seal(KEY).derived(b"use"), Seal(KEY).derived(b"")):
+    for one in (Seal(bytes(32)), Seal(KEY).derived(b"use"), Seal(KEY).derived(b"", b"use")):
         with pytest.raises(BadSeal):
             one.decrypt(whole.life, whole.seq, whole.header, whole.stored)
