@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orion_iscsifs.tier import journal, record
 from orion_iscsifs.tier.journal import Entry, Kind, Scribe
+from orion_iscsifs.tier.seals import NO_SALT
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.store import TierStore, new_tier_superblock
 
@@ -41,7 +42,7 @@ def _segment(folder: Path, store: TierStore, number: int, frames: list[int]) -> 
     descriptor = os.open(SegmentFiles(folder).path(number), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         os.ftruncate(descriptor, size)
-        header = journal.SegmentHeader(number, 1, journal.entries_max(size))
+        header = journal.SegmentHeader(number, 1, journal.entries_max(size), NO_SALT)
         lines = [journal.encode_header(block.store, header)]
         scribe = Scribe(block.store, number)
         lines += [scribe.encode(*entry) for entry in enumerate(_entries(size, frames))]

@@ -37,8 +37,9 @@ RECORD_MEAN_BYTES: Final = 32 << 10
 have at most 3.3 million records, whatever is in them."""
 RECORDS_MIN: Final = 16
 _ENTRIES_PER_PAGE: Final = PAGE_BYTES // ENTRY_BYTES
-_HEADER: Final = Struct("<8sII16sQI4x")
-"""Magic, version, entries the journal has room for, store, number, life in which it was begun."""
+_HEADER: Final = Struct("<8sII16sQI16s4x")
+"""Magic, version, entries the journal has room for, store, number, life in which it was begun, salt
+of its key."""
 _CHECKSUM: Final = Struct("<I")
 _ENTRY: Final = Struct("<BxHIQQQI8x16s")
 """Kind, valid pages, bytes of payload, frame or offset, place of the record or length, seq, life,
@@ -90,6 +91,8 @@ class SegmentHeader:
     number: int
     life: int
     entries_max: int
+    salt: bytes
+    """Of the key of its records and tags; zeroes in a store that is not sealed."""
 
 
 def layout(tier_bytes: int) -> tuple[int, int]:
@@ -121,7 +124,8 @@ def file_name(number: int) -> str:
 
 def encode_header(store: bytes, header: SegmentHeader) -> bytes:
     """A page."""
-    head = _HEADER.pack(MAGIC, VERSION, header.entries_max, store, header.number, header.life)
+    about = header.number, header.life, header.salt
+    head = _HEADER.pack(MAGIC, VERSION, header.entries_max, store, *about)
     return (head + _CHECKSUM.pack(crc32c.crc32c(head))).ljust(PAGE_BYTES, b"\0")
 
 
@@ -130,12 +134,12 @@ def decode_header(store: bytes, page: Buffer) -> SegmentHeader | None:
     view = memoryview(page)
     if len(view) < PAGE_BYTES:
         return None
-    magic, version, entries, owner, number, life = _HEADER.unpack_from(view)
+    magic, version, entries, owner, number, life, salt = _HEADER.unpack_from(view)
     if (magic, version, owner) != (MAGIC, VERSION, store):
         return None
     if _CHECKSUM.unpack_from(view, _HEADER.size)[0] != crc32c.crc32c(view[: _HEADER.size]):
         return None
-    return SegmentHeader(number, life, entries)
+    return SegmentHeader(number, life, entries, salt)
 
 
 class Scribe:

@@ -25,6 +25,7 @@ from orion_iscsifs.tier import index as rows
 from orion_iscsifs.tier import journal, record
 from orion_iscsifs.tier.index import FRAME_NUMBER_MAX, Index
 from orion_iscsifs.tier.journal import DamagedJournal, Entry, Fields, Kind, Scribe
+from orion_iscsifs.tier.seals import SegmentSeals
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.superblock import TierSuperblock
 
@@ -54,10 +55,10 @@ class Loaded:
 class Loader:
     """Reads one tier."""
 
-    def __init__(self, files: SegmentFiles, block: TierSuperblock, seal: Seal | None) -> None:
+    def __init__(self, files: SegmentFiles, block: TierSuperblock, seals: SegmentSeals) -> None:
         self._files = files
         self._block = block
-        self._seal = seal
+        self._seals = seals
         self._found = self._nothing("")
 
     def load(self) -> Loaded:
@@ -105,8 +106,10 @@ class Loader:
         scribe = Scribe(block.store, number)
         area = head[journal.PAGE_BYTES :]
         entries = scribe.entries(area)
-        if self._seal is not None:
-            entries = _tags_checked(self._seal, scribe, area, entries)
+        self._seals.note(number, header.salt)
+        seal = self._seals.of(number)
+        if seal is not None:
+            entries = _tags_checked(seal, scribe, area, entries)
         found.index.put_all(number, reading.rows(entries))
         found.ends[number] = reading.entries, reading.position
         found.index.end(number)

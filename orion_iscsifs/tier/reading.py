@@ -23,10 +23,10 @@ from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.pages import FRAME_SHIFT, PAGE_BYTES, PAGE_SHIFT, page_runs
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.errors import OrionError
-from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.tier import frames, record
 from orion_iscsifs.tier.index import Row
 from orion_iscsifs.tier.record import BadRecord, Header
+from orion_iscsifs.tier.seals import SegmentSeals
 from orion_iscsifs.tier.segments import SegmentFiles
 
 RECENT_RECORDS: Final = 16
@@ -49,10 +49,10 @@ class Piece:
 class RecordReader:
     """Of one store."""
 
-    def __init__(self, files: SegmentFiles, store_id: int, seal: Seal | None) -> None:
+    def __init__(self, files: SegmentFiles, store_id: int, seals: SegmentSeals) -> None:
         self._files = files
         self._store_id = store_id
-        self._seal = seal
+        self._seals = seals
         self._local = threading.local()
         self._recent: OrderedDict[tuple[int, int], tuple[int, Buffer]] = OrderedDict()
         """By segment and place, which name a record for ever: valid pages, and content."""
@@ -137,7 +137,7 @@ class RecordReader:
 
     def open(self, frame: int, row: Row, source: Buffer) -> tuple[Header, Buffer]:
         """As `check`, but the content as it was stored."""
-        header, payload = record.decode(source, self._seal)
+        header, payload = record.decode(source, self._seals.of(row.number))
         found = header.store_id, header.number, header.place, header.frame
         if found != (self._store_id, row.number, row.place, frame):
             raise BadRecord("another record than the one that should be here")

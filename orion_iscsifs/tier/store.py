@@ -45,6 +45,7 @@ from orion_iscsifs.tier.current import Current
 from orion_iscsifs.tier.index import ROWS_MAX, Index
 from orion_iscsifs.tier.journal import Entry, Kind
 from orion_iscsifs.tier.loading import Loaded, Loader
+from orion_iscsifs.tier.seals import SegmentSeals
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 
@@ -74,6 +75,7 @@ class TierStore:
         """Unparked when a segment has been prepared, or none ever will."""
         self.store_id = record.store_id(block.store)
         self.files: Final = SegmentFiles(folder)
+        self.seals = SegmentSeals(None, block.lun)
         self.index = Index(0)
         self.numbers: deque[int] = deque()
         """Of the segments, the oldest first; the current one is the last."""
@@ -161,6 +163,7 @@ class TierStore:
             ) from None
 
     def _resume(self, boot_id: str, tier_bytes: int | None) -> str:
+        self.seals = SegmentSeals(self.seal, self.superblock.lun)
         was, block = self.superblock, trust.resized(self.superblock, tier_bytes)
         dropped = trust.reason_against(was, boot_id, self.files)
         if not dropped and block.segment_bytes != was.segment_bytes:
@@ -169,7 +172,7 @@ class TierStore:
         if dropped:
             found = Loaded(Index(rows_max), dropped=dropped)
         else:
-            found = Loader(self.files, block, self.seal).load()
+            found = Loader(self.files, block, self.seals).load()
         found.trim(block.segments)
         if not found.numbers:
             # Before the superblock vouches for this boot: they must never be believed again.
@@ -289,7 +292,7 @@ class TierStore:
         assert current is not None
         assert self.has_room(len(entries)), "the journal would run into the records"
         try:
-            current.add(entries, self.seal)
+            current.add(entries, self.seals.of(current.number))
         except OSError as error:
             self.fail("writing", error)
             return False
@@ -323,7 +326,9 @@ class TierStore:
         assert self._prepared is None
         assert len(self.numbers) < self.superblock.segments
         number = self.superblock.newest + 1
-        descriptor = self.files.make(self.superblock, number)
+        salt = self.seals.new_salt()
+        descriptor = self.files.make(self.superblock, number, salt)
+        self.seals.note(number, salt)
         try:
             self._change(newest=number)
         except BaseException:
@@ -346,6 +351,7 @@ class TierStore:
         number = self.numbers.popleft()
         self.index.forget(number)
         self.files.close(number)
+        self.seals.forget(number)
         self.is_durable.discard(number)
 
     # -- ending ------------------------------------------------------------------------------

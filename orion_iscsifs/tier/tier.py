@@ -76,7 +76,7 @@ class CompressedTier:
         self._staging = Staging(min(room, STAGING_MAX_BYTES))
         block = store.superblock
         self._admission = Admission(tier_bytes, block.segments * records_max(block.segment_bytes))
-        self._reader = RecordReader(store.files, store.store_id, store.seal)
+        self._reader = RecordReader(store.files, store.store_id, store.seals)
         self._limiter = trio.CapacityLimiter(READERS)
         self._listeners: list[GeometryListener] = []
         self._vanishing: list[Range] = []
@@ -89,7 +89,7 @@ class CompressedTier:
             store,
             self._staging,
             self._admission,
-            BatchWriter(self._reader, store.seal),
+            BatchWriter(self._reader, store.seals),
             self.statistics,
             level=None if level == "adaptive" else level,
         )

@@ -288,7 +288,7 @@ async def test_segments_of_another_version_are_dropped(memory_path: Path) -> Non
     for path in segments(folder):
         content = bytearray(path.read_bytes())
         content[8] = 7
-        content[52:56] = crc32c.crc32c(bytes(content[:52])).to_bytes(4, "little")
+        content[64:68] = crc32c.crc32c(bytes(content[:64])).to_bytes(4, "little")
         path.write_bytes(content)
     assert (await shows_the_device(folder, memory, sealed=False))[1] == 0
 

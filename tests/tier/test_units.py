@@ -147,10 +147,10 @@ def test_entries_elsewhere_are_damage() -> None:
 
 
 def test_every_flipped_bit_of_a_header_is_seen() -> None:
-    header = journal.SegmentHeader(5, 2, 64)
+    header = journal.SegmentHeader(5, 2, 64, bytes(range(16)))
     page = journal.encode_header(STORE, header)
     assert journal.decode_header(STORE, page) == header
-    for bit in range(8 * 52):
+    for bit in range(8 * 68):
         damaged = bytearray(page)
         damaged[bit // 8] ^= 1 << bit % 8
         assert journal.decode_header(STORE, bytes(damaged)) is None
