@@ -266,6 +266,17 @@ class Index:
         """Of all segments, the oldest first."""
         return sorted(segment.number for segment in self._segments.values())
 
+    def has_range_in(self, number: int, span: Range) -> bool:
+        """Whether `remove_range_in` would find something."""
+        first, last = span[0] >> FRAME_SHIFT, span[1] - 1 >> FRAME_SHIFT
+        segment = self._segments.get(number & _SLOT_MASK)
+        return any(
+            facts & _VALID_MASK
+            and first <= facts >> _FRAME_SHIFT <= last
+            and facts >> _VALID_SHIFT & pages_in(facts >> _FRAME_SHIFT, span)
+            for facts in (() if segment is None else segment.facts)
+        )
+
     def remove_range_in(self, number: int, span: Range) -> bool:
         """As `remove_range`, but only what is in this segment."""
         first, last = span[0] >> FRAME_SHIFT, span[1] - 1 >> FRAME_SHIFT

@@ -85,6 +85,9 @@ class TierStore:
         self.next_seq = 0
         self.is_durable: set[int] = set()
         """Segments that were synced after the last change to them."""
+        self._last = -1, 0
+        """The newest segment when it was opened, and how many entries it had. If the tier is
+        sealed nothing is added to it: an older state of it, put back, would use its key again."""
         self._prepared: Current | None = None
         self._filled: list[Current] = []
         """Full, and not synced yet."""
@@ -199,6 +202,8 @@ class TierStore:
         self.is_durable = set(found.numbers) if is_durable else set()
         if self.numbers:
             number = self.numbers[-1]
+            self._last = number, found.ends[number][0]
+        if self.numbers and self.seal is None:
             descriptor = os.open(self.files.path(number), os.O_RDWR | os.O_CLOEXEC)
             self.current = Current(
                 self.superblock.store, number, descriptor, end=found.ends[number]
@@ -215,9 +220,9 @@ class TierStore:
     def used_bytes(self) -> int:
         """Of its files: the superblocks, and what the segments hold."""
         used = 2 * journal.PAGE_BYTES
+        used += len(self.numbers) * self.superblock.segment_bytes
         if self.current is not None:
-            used += self.current.position
-            used += (len(self.numbers) - 1) * self.superblock.segment_bytes
+            used += self.current.position - self.superblock.segment_bytes
         return used
 
     @property
@@ -394,15 +399,13 @@ class TierStore:
             # Whoever was about to forget it was stopped.
             self.files.remove(self.leaving)
             self.forget_oldest()
-        current = self.current
+        newest, entries = self._last
+        if self.current is not None:
+            newest, entries = self.current.number, self.current.entries
         for number in self.numbers:
             if number not in self.is_durable:
                 trust.sync_path(self.files.path(number))
-        self._change(
-            clean=True,
-            newest=-1 if current is None else current.number,
-            entries=0 if current is None else current.entries,
-        )
+        self._change(clean=True, newest=newest, entries=entries)
         if self._prepared is not None:
             os.close(self._prepared.descriptor)
             self.files.remove(self._prepared.number)

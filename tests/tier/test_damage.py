@@ -9,6 +9,7 @@ from struct import Struct
 
 import crc32c
 import pytest
+import trio
 
 from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.errors import OrionError
@@ -119,12 +120,34 @@ async def test_a_bad_record_is_a_miss_and_counted_once(memory_path: Path, sealed
     flip(segments(folder)[0], 8 * (START + 1000))
     memory.requests.clear()
     async with tiered(folder, memory, size=SMALL, sealed=sealed) as tier:
+        with trio.fail_after(30):  # there has to be a place to note it
+            while tier.store.needs_segment:
+                await trio.sleep(0.01)
         for _ in range(3):
             assert await read(tier, FRAME, FRAME) == memory.peek(FRAME, FRAME)
             await settle(tier)
         assert tier.statistics.bad_records == 1
     assert len(memory.requests) == 1
     assert await shows_the_device(folder, memory, sealed=sealed) == (0, FRAME)
+
+
+async def test_a_bad_record_that_can_not_be_noted_yet(memory_path: Path) -> None:
+    """It is left out all the same, and noted when there is room."""
+    memory, folder = new_device(), memory_path / "tier"
+    async with tiered(folder, memory, size=SMALL, sealed=True) as tier:
+        await read(tier, FRAME, FRAME)
+    flip(segments(folder)[0], 8 * (START + 1000))
+    async with tiered(folder, memory, size=SMALL, sealed=True) as tier:
+        # No segment can have been made ahead yet: there was no turn for it.
+        assert not tier.store.has_room(1)
+        for _ in range(3):
+            assert await read(tier, FRAME, FRAME) == memory.peek(FRAME, FRAME)
+        assert tier.statistics.bad_records == 1
+        with trio.fail_after(30):
+            while not tier.statistics.invalidations:
+                await trio.sleep(0.01)
+    _, hit = await shows_the_device(folder, memory, sealed=True)
+    assert hit == 0
 
 
 @KINDS

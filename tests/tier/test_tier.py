@@ -1,6 +1,7 @@
 """The tier over a device in memory: what it keeps, for how long, and what it costs."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import trio
 from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
-from orion_iscsifs.tier import index
+from orion_iscsifs.tier import index, journal
 from orion_iscsifs.tier.batch import BatchWriter, Job
 from orion_iscsifs.tier.reading import Piece
 from orion_iscsifs.tier.tier import CompressedTier, Level
@@ -421,3 +422,53 @@ async def test_a_hit_in_the_page_cache_needs_no_thread(
             assert await same(tier, memory, 0, FRAME)
         monkeypatch.undo()
         assert row.flags & index.VISITED or asked(memory) == []
+
+
+# -- sealed ----------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_in_plain_text(memory_path: Path) -> None:
+    memory, folder = device(), memory_path / "tier"
+    memory.poke(0, b"a secret of one kind" * 200)
+    async with tiered(folder, memory, sealed=True, level=0) as tier:
+        await fill(tier, 0, MIB)
+    assert not any(b"a secret of one kind" in path.read_bytes() for path in folder.iterdir())
+
+
+async def test_an_older_state_put_back_seals_with_other_keys(memory_path: Path) -> None:
+    """Its life and its sequence numbers come again, and so would the nonces with one key."""
+    memory, folder, older = device(), memory_path / "tier", memory_path / "older"
+    async with tiered(folder, memory, sealed=True) as tier:
+        await fill(tier, 0, MIB)
+    shutil.copytree(folder, older)
+    salts = []
+    for place in (folder, older):
+        async with tiered(place, memory, sealed=True) as tier:
+            known = set(tier.store.numbers)
+            await fill(tier, MIB, 2 * MIB)
+            assert tier.store.superblock.life == 2
+            assert tier.statistics.appended_records
+            begun = set(tier.store.numbers) - known
+        for number in begun:
+            page = (place / journal.file_name(number)).read_bytes()[: journal.PAGE_BYTES]
+            header = journal.decode_header(tier.store.superblock.store, page)
+            assert header is not None
+            salts.append(header.salt)
+        assert await same_after_a_mount(place, memory)
+    assert len(salts) == len(set(salts)) >= 2
+
+
+async def same_after_a_mount(folder: Path, memory: MemoryDevice) -> bool:
+    async with tiered(folder, memory, sealed=True) as tier:
+        return await same(tier, memory, 0, 2 * MIB) and not tier.statistics.bad_records
+
+
+async def test_mounts_that_add_nothing_cost_no_segment(memory_path: Path) -> None:
+    memory, folder = device(), memory_path / "tier"
+    async with tiered(folder, memory, sealed=True) as tier:
+        await fill(tier, 0, MIB)
+        numbers = list(tier.store.numbers)
+    for _ in range(8):
+        async with tiered(folder, memory, sealed=True) as tier:
+            await read(tier, 0, FRAME)
+    assert list(tier.store.numbers) == numbers

@@ -19,8 +19,7 @@ import trio
 from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
-from orion_iscsifs.tier import segments, trust
-from orion_iscsifs.tier import tier as tier_module
+from orion_iscsifs.tier import retiring, segments, trust
 from orion_iscsifs.tier.batch import BatchWriter
 from orion_iscsifs.tier.current import Current
 from orion_iscsifs.tier.reading import RecordReader
@@ -235,7 +234,7 @@ async def test_when_nothing_works_it_is_said_and_tried_again(
     memory_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory, folder = new_device(), memory_path / "tier"
-    monkeypatch.setattr(tier_module, "RETIRE_AGAIN_S", 0.01)
+    monkeypatch.setattr(retiring, "AGAIN_S", 0.01)
     async with tiered(folder, memory) as tier:
         await use(tier, memory)
         tier.store.on_failure = broken(errno.EROFS)
