@@ -64,9 +64,12 @@ class Loader:
     def load(self) -> Loaded:
         """All that may be believed. Raises OSError."""
         block = self._block
+        newest = block.newest
         for number in self._files.numbers():
-            if number > block.newest:
-                continue  # made ahead, and never used
+            if number > newest:
+                if self._is_unused(number):
+                    continue  # made ahead
+                newest = number  # the superblock that counts should be a later one
             numbers = self._found.numbers
             if numbers and number != numbers[-1] + 1:
                 self._found = self._nothing(f"segment {numbers[-1] + 1} is missing")
@@ -75,11 +78,21 @@ class Loader:
             except DamagedJournal as error:
                 self._found = self._nothing(f"segment {number}: {error}")
         found = self._found
-        if block.newest >= 0 and (not found.numbers or found.numbers[-1] != block.newest):
-            return self._nothing(found.dropped or f"segment {block.newest} is missing")
-        if block.clean and found.numbers and found.ends[block.newest][0] != block.entries:
-            return self._nothing(f"the journal of segment {block.newest} is not whole")
+        if newest >= 0 and (not found.numbers or found.numbers[-1] != newest):
+            return self._nothing(found.dropped or f"segment {newest} is missing")
+        if (
+            block.clean
+            and found.numbers
+            and (newest != block.newest or found.ends[newest][0] != block.entries)
+        ):
+            return self._nothing(f"the journal of segment {newest} is not as it was left")
         return found
+
+    def _is_unused(self, number: int) -> bool:
+        """Whether nothing was ever entered into the segment's journal."""
+        with self._files.path(number).open("rb") as file:
+            head = file.read(journal.records_start(self._block.segment_bytes))
+        return not head[journal.PAGE_BYTES :].strip(b"\0")
 
     def _nothing(self, why: str) -> Loaded:
         block = self._block

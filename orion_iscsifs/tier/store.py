@@ -51,6 +51,8 @@ from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 
 log = logging.getLogger(__name__)
 
+_REASON_MAX: Final = 200
+
 _GIVE_UP: Final = "`orion-iscsifs cache drop` gives it up; it holds nothing that the LUN lacks"
 
 
@@ -387,7 +389,8 @@ class TierStore:
 
         Raises TierError if nothing of what can be tried works.
         """
-        trust.retire(self.folder, lambda: self._change(ended=str(self.failed), clean=False))
+        why = str(self.failed)[-_REASON_MAX:]  # a page has to hold it
+        trust.retire(self.folder, lambda: self._change(ended=why, clean=False))
 
     def mark_clean(self) -> None:
         """All of it is durable, and the next mount may believe it. Blocks; raises OSError.

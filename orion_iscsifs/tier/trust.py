@@ -13,7 +13,7 @@ from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 
 _ANOTHER_SIZE: Final = 4
 """A tier that is to have segments so many times as large is made anew."""
-_UNSYNCED_SEGMENTS: Final = 3
+_UNSYNCED_SEGMENTS: Final = 5
 """More than these have never been written without having been synced when they were full."""
 
 

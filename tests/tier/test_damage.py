@@ -285,6 +285,31 @@ async def test_the_newer_superblock_is_damaged(memory_path: Path) -> None:
     assert "went down" in dropped
 
 
+async def test_an_older_superblock_counts_while_it_is_in_use(memory_path: Path) -> None:
+    """It does not know of the segment with the newest changes: these count all the same."""
+    memory, folder = new_device(), memory_path / "tier"
+    async with tiered(folder, memory, size=SMALL) as tier:
+        for number in range(12):
+            start = number * FRAME
+            await read(tier, start, FRAME)
+            await settle(tier)
+        # In the segment made ahead, which the older superblock has never heard of.
+        while tier.store.needs_segment:
+            await trio.sleep(0.01)
+        assert tier.store.begin_segment()
+        for number in range(4):
+            await tier.discard(number * FRAME, FRAME)
+            memory.poke(number * FRAME, b"n" * FRAME)
+        shutil.copytree(folder, memory_path / "killed")
+    killed = memory_path / "killed"
+    newer = max(NAMES, key=lambda name: (killed / name).read_bytes()[24:32][::-1])
+    flip(killed / newer, 8 * 100)
+    block = TierStore.open(killed, shared=True).superblock
+    assert block.newest < tier.store.numbers[-1]
+    _, hit = await shows_the_device(killed, memory, sealed=False)
+    assert hit
+
+
 @pytest.mark.parametrize("version", [0, 2, 99])
 async def test_other_versions_are_refused(memory_path: Path, version: int) -> None:
     memory, folder = new_device(), memory_path / "tier"
