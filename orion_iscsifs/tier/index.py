@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from orion_iscsifs.block.pages import FRAME_MASK, FRAME_SHIFT, pages_touched
+from orion_iscsifs.block.pages import FRAME_BYTES, FRAME_MASK, FRAME_SHIFT, pages_touched
 from orion_iscsifs.block.ranges import Range, split
 from orion_iscsifs.tier.journal import SEGMENTS_MAX
 from orion_iscsifs.tier.record import ALIGN_BYTES
@@ -292,9 +292,17 @@ class Index:
 FEW_FRAMES: Final = 256
 
 
-def frames_of(span: Range) -> Iterator[tuple[int, int]]:
+def frames_of(span: Range) -> Iterable[tuple[int, int]]:
     """The frames with a byte of the range, each with the mask of the pages that have one."""
-    for start, end in split(span, FRAME_MASK + 1):
+    first, end = span[0] >> FRAME_SHIFT, span[1] - (span[0] & ~FRAME_MASK)
+    if 0 < end <= FRAME_BYTES and span[0] < span[1]:
+        # Most requests are small: no generator for them.
+        return ((first, pages_touched(span[0] & FRAME_MASK, end)),)
+    return _several_frames(span)
+
+
+def _several_frames(span: Range) -> Iterator[tuple[int, int]]:
+    for start, end in split(span, FRAME_BYTES):
         base = start & ~FRAME_MASK
         yield start >> FRAME_SHIFT, pages_touched(start - base, end - base)
 

@@ -17,7 +17,7 @@ the next change would find nothing to invalidate and write no entry.
 """
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, Literal
 
@@ -139,12 +139,16 @@ class CompressedTier:
             return
         known: set[int] = set()
         staging, touched = self._staging, dict[int, int]()
-        async with self._changing(span, known):
+
+        async def write() -> None:
+            nonlocal touched
             staging.watch(span)
             try:
                 await self._device.write(offset, source, fua=fua)
             finally:
                 touched = staging.unwatch(span)
+
+        await self._change(span, write, known)
         passes_by = self._admission.passes_by(span)
         self._take_in(span, memoryview(source), touched, known, passes_by=passes_by)
 
@@ -155,13 +159,15 @@ class CompressedTier:
 
     async def discard(self, offset: int, length: int) -> None:
         self._check_change(offset, length)
-        async with self._changing((offset, offset + length)):
-            await self._device.discard(offset, length)
+        span = offset, offset + length
+        await self._change(span, lambda: self._device.discard(offset, length))
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         self._check_change(offset, length)
-        async with self._changing((offset, offset + length)):
-            await self._device.write_zeroes(offset, length, may_unmap=may_unmap)
+        await self._change(
+            (offset, offset + length),
+            lambda: self._device.write_zeroes(offset, length, may_unmap=may_unmap),
+        )
 
     # -- for the owner ---------------------------------------------------------------------------
 
@@ -237,6 +243,10 @@ class CompressedTier:
                 self._lose((start, start + FRAME_BYTES))
 
     async def _read_device(self, runs: list[Range], span: Range, target: memoryview) -> None:
+        if len(runs) == 1:
+            start, end = runs[0]
+            await self._read_run(runs[0], target[start - span[0] : end - span[0]])
+            return
         errors: list[OrionError] = []
 
         async def read(run: Range) -> None:
@@ -245,12 +255,9 @@ class CompressedTier:
             except OrionError as error:
                 errors.append(error)
 
-        if len(runs) == 1:
-            await read(runs[0])
-        else:
-            async with trio.open_nursery() as nursery:
-                for run in runs:
-                    nursery.start_soon(read, run)
+        async with trio.open_nursery() as nursery:
+            for run in runs:
+                nursery.start_soon(read, run)
         if errors:
             raise errors[0]
 
@@ -309,19 +316,23 @@ class CompressedTier:
 
     # -- changes ---------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _changing(self, span: Range, known: set[int] | None = None) -> AsyncIterator[None]:
-        """Around a change of the device: nothing of the range is known meanwhile, or afterwards.
+    async def _change(
+        self,
+        span: Range,
+        operation: Callable[[], Awaitable[None]],
+        known: set[int] | None = None,
+    ) -> None:
+        """Change the device: nothing of the range is known meanwhile, or afterwards.
 
         `known` gets the frames that something was known of.
         """
         if span[0] == span[1]:
-            yield
+            await operation()
             return
         self._staging.begin_change(span)
         try:
             await self._invalidate(span, known)
-            yield
+            await operation()
         finally:
             self._changes += 1
             self._staging.end_change(span)
