@@ -163,7 +163,7 @@ class Appender:
 
     def _enter(self, staged: list[Staged], items: list[Item]) -> None:
         """Entries and index, without a checkpoint."""
-        store, statistics = self._store, self._statistics
+        store = self._store
         assert store.current is not None
         number, entries, rows = store.current.number, [], []
         for one, item in zip(staged, items, strict=True):
@@ -182,15 +182,21 @@ class Appender:
             proven = one.proven or self._admission.is_proven(item.frame)
             flags = (index.ZERO if item.is_zero else 0) | (index.PROVEN if proven else 0)
             rows.append((item.frame, item.place, size, valid, flags))
-            if item.buffer is None:
-                statistics.reappended_bytes += size
-            else:
-                statistics.appended_records += 1
-                statistics.raw_bytes += valid.bit_count() << PAGE_SHIFT
-                statistics.stored_bytes += item.stored
-        if entries and store.add(entries):
+        # Changes meanwhile have made entries of their own.
+        if entries and store.has_room(len(entries)) and store.add(entries):
             for row in rows:
                 store.index.put(number, *row)
+            self._count(items)
+
+    def _count(self, items: list[Item]) -> None:
+        statistics = self._statistics
+        for item in items:
+            if item.buffer is None:
+                statistics.reappended_bytes += record.record_bytes(item.stored)
+            elif item.valid:
+                statistics.appended_records += 1
+                statistics.raw_bytes += item.valid.bit_count() << PAGE_SHIFT
+                statistics.stored_bytes += item.stored
 
     def _learn(self, job: Job, *, is_behind: bool) -> None:
         raw = 0

@@ -14,11 +14,12 @@ import zstandard
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.pages import FRAME_BYTES
 from orion_iscsifs.errors import OrionError
-from orion_iscsifs.localstore.seal import OVERHEAD_BYTES, Seal
+from orion_iscsifs.localstore.seal import OVERHEAD_BYTES
 from orion_iscsifs.tier import frames, record
 from orion_iscsifs.tier.index import Row
 from orion_iscsifs.tier.reading import RecordReader
 from orion_iscsifs.tier.record import Header
+from orion_iscsifs.tier.seals import SegmentSeals
 
 _PAD: Final = bytes(record.ALIGN_BYTES)
 
@@ -72,9 +73,9 @@ class Job:
 class BatchWriter:
     """Carries out jobs, one at a time."""
 
-    def __init__(self, reader: RecordReader, seal: Seal | None) -> None:
+    def __init__(self, reader: RecordReader, seals: SegmentSeals) -> None:
         self._reader = reader
-        self._seal = seal
+        self._seals = seals
         self._compressors: dict[int, zstandard.ZstdCompressor] = {}
 
     def run(self, job: Job) -> None:
@@ -149,7 +150,8 @@ class BatchWriter:
         self, job: Job, item: Item, codec: int, content: Buffer, parts: list[Buffer]
     ) -> int:
         """Add the record to the parts; its size."""
-        item.stored = len(content) + (OVERHEAD_BYTES if self._seal is not None else 0)
+        seal = self._seals.of(job.number)
+        item.stored = len(content) + (OVERHEAD_BYTES if seal is not None else 0)
         header = Header(
             store_id=job.store_id,
             number=job.number,
@@ -162,7 +164,7 @@ class BatchWriter:
             life=job.life,
             seq=item.seq,
         )
-        head, payload = record.encode(header, content, self._seal)
+        head, payload = record.encode(header, content, seal)
         size = header.size_bytes
         parts += head, payload, _PAD[: size - len(head) - len(payload)]
         return size

@@ -17,10 +17,10 @@ until its segment goes.
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from orion_iscsifs.block.pages import FRAME_MASK, FRAME_SHIFT, pages_touched
+from orion_iscsifs.block.pages import FRAME_BYTES, FRAME_MASK, FRAME_SHIFT, pages_touched
 from orion_iscsifs.block.ranges import Range, split
 from orion_iscsifs.tier.journal import SEGMENTS_MAX
 from orion_iscsifs.tier.record import ALIGN_BYTES
@@ -30,6 +30,7 @@ ROWS_MAX: Final = (1 << ROW_BITS) - 1
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 _SLOT_MASK: Final = SEGMENTS_MAX - 1
 _UNITS_BITS: Final = 8
+_ALIGN_SHIFT: Final = ALIGN_BYTES.bit_length() - 1
 _UNITS_MASK: Final = (1 << _UNITS_BITS) - 1
 ZERO: Final = 1
 """The pages are zeroes: there is no record."""
@@ -44,6 +45,7 @@ FRAME_NUMBER_MAX: Final = (1 << 40) - 1
 ROWS_PER_BUCKET: Final = 2
 _BUCKETS_MIN: Final = 1 << 10
 _MIX: Final = 0x9E3779B97F4A7C15
+_WORD: Final = (1 << 64) - 1
 
 
 class Row(NamedTuple):
@@ -86,7 +88,7 @@ class Index:
 
     def find(self, frame: int) -> Row | None:
         """The frame's row, if any of its pages is valid."""
-        at = self._heads[frame * _MIX % (1 << 64) >> self._shift]
+        at = self._heads[(frame * _MIX & _WORD) >> self._shift]
         while at:
             segment = self._segments[at - 1 >> ROW_BITS]
             row = at - 1 & _ROW_MASK
@@ -166,26 +168,44 @@ class Index:
         self, number: int, frame: int, place: int, size_bytes: int, valid: int, flags: int = 0
     ) -> None:
         """The frame is there now and nowhere else. `valid` may be 0: then it is nowhere."""
-        self.remove(frame)
+        self.put_all(number, ((frame, place, size_bytes, valid, flags),))
+
+    def put_all(self, number: int, rows: Iterable[tuple[int, int, int, int, int]]) -> None:
+        """`put` for each of them, in order. What makes `rows` may call the other methods.
+
+        Opening a large tier is this loop: hence no call in it, and no attribute.
+        """
         slot = number & _SLOT_MASK
-        segment = self._segments[slot]
-        row = len(segment.facts)
-        segment.facts.append(frame << _FRAME_SHIFT | valid << _VALID_SHIFT | flags)
-        segment.places.append(
-            place // ALIGN_BYTES << _UNITS_BITS | size_bytes // ALIGN_BYTES & _UNITS_MASK
-        )
-        if valid:
-            bucket = frame * _MIX % (1 << 64) >> self._shift
-            segment.nexts.append(self._heads[bucket])
-            self._heads[bucket] = (slot << ROW_BITS | row) + 1
-            segment.live += 1
-            self.frames += 1
-        else:
-            segment.nexts.append(0)
+        segments, heads, shift = self._segments, self._heads, self._shift
+        segment = segments[slot]
+        facts, places, nexts = segment.facts, segment.places, segment.nexts
+        row, first_id, added = len(facts), (slot << ROW_BITS) + 1, 0
+        try:
+            for frame, place, size_bytes, valid, flags in rows:
+                bucket = (frame * _MIX & _WORD) >> shift
+                at = heads[bucket]
+                while at:
+                    other, before = segments[at - 1 >> ROW_BITS], at - 1 & _ROW_MASK
+                    if other.facts[before] >> _FRAME_SHIFT == frame:
+                        self.remove(frame)
+                        break
+                    at = other.nexts[before]
+                facts.append(frame << _FRAME_SHIFT | valid << _VALID_SHIFT | flags)
+                places.append(place >> _ALIGN_SHIFT << _UNITS_BITS | size_bytes >> _ALIGN_SHIFT)
+                if valid:
+                    nexts.append(heads[bucket])
+                    heads[bucket] = first_id + row
+                    added += 1
+                else:
+                    nexts.append(0)
+                row += 1
+        finally:
+            segment.live += added
+            self.frames += added
 
     def remove(self, frame: int, pages: int = 0xFFFF) -> int:
         """These pages of the frame are not valid any more; those of them that were."""
-        bucket = frame * _MIX % (1 << 64) >> self._shift
+        bucket = (frame * _MIX & _WORD) >> self._shift
         before: _Segment | None = None
         before_row = 0
         at = self._heads[bucket]
@@ -246,6 +266,17 @@ class Index:
         """Of all segments, the oldest first."""
         return sorted(segment.number for segment in self._segments.values())
 
+    def has_range_in(self, number: int, span: Range) -> bool:
+        """Whether `remove_range_in` would find something."""
+        first, last = span[0] >> FRAME_SHIFT, span[1] - 1 >> FRAME_SHIFT
+        segment = self._segments.get(number & _SLOT_MASK)
+        return any(
+            facts & _VALID_MASK
+            and first <= facts >> _FRAME_SHIFT <= last
+            and facts >> _VALID_SHIFT & pages_in(facts >> _FRAME_SHIFT, span)
+            for facts in (() if segment is None else segment.facts)
+        )
+
     def remove_range_in(self, number: int, span: Range) -> bool:
         """As `remove_range`, but only what is in this segment."""
         first, last = span[0] >> FRAME_SHIFT, span[1] - 1 >> FRAME_SHIFT
@@ -261,9 +292,17 @@ class Index:
 FEW_FRAMES: Final = 256
 
 
-def frames_of(span: Range) -> Iterator[tuple[int, int]]:
+def frames_of(span: Range) -> Iterable[tuple[int, int]]:
     """The frames with a byte of the range, each with the mask of the pages that have one."""
-    for start, end in split(span, FRAME_MASK + 1):
+    first, end = span[0] >> FRAME_SHIFT, span[1] - (span[0] & ~FRAME_MASK)
+    if 0 < end <= FRAME_BYTES and span[0] < span[1]:
+        # Most requests are small: no generator for them.
+        return ((first, pages_touched(span[0] & FRAME_MASK, end)),)
+    return _several_frames(span)
+
+
+def _several_frames(span: Range) -> Iterator[tuple[int, int]]:
+    for start, end in split(span, FRAME_BYTES):
         base = start & ~FRAME_MASK
         yield start >> FRAME_SHIFT, pages_touched(start - base, end - base)
 

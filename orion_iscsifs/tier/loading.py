@@ -15,16 +15,21 @@ the end is not where it should be, nothing is left.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from orion_iscsifs.errors import OrionError
 from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.tier import index as rows
 from orion_iscsifs.tier import journal, record
 from orion_iscsifs.tier.index import FRAME_NUMBER_MAX, Index
-from orion_iscsifs.tier.journal import DamagedJournal, Entry, Kind, Scribe
+from orion_iscsifs.tier.journal import DamagedJournal, Entry, Fields, Kind, Scribe
+from orion_iscsifs.tier.seals import SegmentSeals
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.superblock import TierSuperblock
+
+_FRAME_EXTRA: Final = record.HEADER_BYTES + record.ALIGN_BYTES - 1
 
 
 @dataclass
@@ -50,18 +55,21 @@ class Loaded:
 class Loader:
     """Reads one tier."""
 
-    def __init__(self, files: SegmentFiles, block: TierSuperblock, seal: Seal | None) -> None:
+    def __init__(self, files: SegmentFiles, block: TierSuperblock, seals: SegmentSeals) -> None:
         self._files = files
         self._block = block
-        self._seal = seal
+        self._seals = seals
         self._found = self._nothing("")
 
     def load(self) -> Loaded:
         """All that may be believed. Raises OSError."""
         block = self._block
+        newest = block.newest
         for number in self._files.numbers():
-            if number > block.newest:
-                continue  # made ahead, and never used
+            if number > newest:
+                if self._is_unused(number):
+                    continue  # made ahead
+                newest = number  # the superblock that counts should be a later one
             numbers = self._found.numbers
             if numbers and number != numbers[-1] + 1:
                 self._found = self._nothing(f"segment {numbers[-1] + 1} is missing")
@@ -70,11 +78,21 @@ class Loader:
             except DamagedJournal as error:
                 self._found = self._nothing(f"segment {number}: {error}")
         found = self._found
-        if block.newest >= 0 and (not found.numbers or found.numbers[-1] != block.newest):
-            return self._nothing(found.dropped or f"segment {block.newest} is missing")
-        if block.clean and found.numbers and found.ends[block.newest][0] != block.entries:
-            return self._nothing(f"the journal of segment {block.newest} is not whole")
+        if newest >= 0 and (not found.numbers or found.numbers[-1] != newest):
+            return self._nothing(found.dropped or f"segment {newest} is missing")
+        if (
+            block.clean
+            and found.numbers
+            and (newest != block.newest or found.ends[newest][0] != block.entries)
+        ):
+            return self._nothing(f"the journal of segment {newest} is not as it was left")
         return found
+
+    def _is_unused(self, number: int) -> bool:
+        """Whether nothing was ever entered into the segment's journal."""
+        with self._files.path(number).open("rb") as file:
+            head = file.read(journal.records_start(self._block.segment_bytes))
+        return not head[journal.PAGE_BYTES :].strip(b"\0")
 
     def _nothing(self, why: str) -> Loaded:
         block = self._block
@@ -97,34 +115,70 @@ class Loader:
             raise DamagedJournal("it is not of the right size")
         found.index.begin(number)
         found.numbers.append(number)
+        reading = _Reading(found.index, number, block.segment_bytes)
         scribe = Scribe(block.store, number)
-        ordinal, position = 0, start
-        for entry in scribe.entries(memoryview(head)[journal.PAGE_BYTES :]):
-            if self._seal is not None and entry.kind != Kind.FRAME:
-                _check_tag(self._seal, scribe, ordinal, entry)
-            position = max(position, self._apply(number, position, entry))
-            ordinal += 1
-        found.ends[number] = ordinal, position
+        area = head[journal.PAGE_BYTES :]
+        entries = scribe.entries(area)
+        self._seals.note(number, header.salt)
+        seal = self._seals.of(number)
+        if seal is not None:
+            entries = _tags_checked(seal, scribe, area, entries)
+        found.index.put_all(number, reading.rows(entries))
+        found.ends[number] = reading.entries, reading.position
         found.index.end(number)
 
-    def _apply(self, number: int, position: int, entry: Entry) -> int:
-        """Where its record ends; 0: it has none."""
-        index, (kind, valid, stored, where, place, *_) = self._found.index, entry
-        if kind == Kind.INVALIDATE:
-            apply_range(index, where, place)
-            return 0
-        size = record.record_bytes(stored) if kind == Kind.FRAME else 0
-        if (
-            where > FRAME_NUMBER_MAX
-            or stored > record.STORED_MAX_BYTES
-            or index.count(number) >= rows.ROWS_MAX
-            or (size and place < position)
-            or place + size > self._block.segment_bytes
-            or place % record.ALIGN_BYTES
-        ):
-            raise DamagedJournal("an entry has numbers that can't be")
-        index.put(number, where, place, size, valid, 0 if size else rows.ZERO)
-        return place + size
+
+class _Reading:
+    """One journal on its way into the index."""
+
+    def __init__(self, index: Index, number: int, segment_bytes: int) -> None:
+        self.entries = 0
+        self.position = journal.records_start(segment_bytes)
+        """Where the last record ends."""
+        self._index = index
+        self._number = number
+        self._segment_bytes = segment_bytes
+
+    def rows(self, entries: Iterator[Fields]) -> Iterator[tuple[int, int, int, int, int]]:
+        """What to put into the index, in order; what to take out of it is taken out meanwhile."""
+        position, end, count, left = self.position, self._segment_bytes, 0, rows.ROWS_MAX
+        frame_kind = int(Kind.FRAME)
+        for kind, valid, stored, where, place, _ in entries:
+            count += 1
+            if kind == frame_kind:
+                size = stored + _FRAME_EXTRA & -record.ALIGN_BYTES
+                left -= 1
+                if (
+                    place < position
+                    or place + size > end
+                    or stored > record.STORED_MAX_BYTES
+                    or place & record.ALIGN_BYTES - 1
+                    or where > FRAME_NUMBER_MAX
+                    or left < 0
+                ):
+                    raise DamagedJournal("an entry has numbers that can't be")
+                position = place + size
+                yield where, place, size, valid, 0
+            elif kind == Kind.ZERO:
+                left -= 1
+                if where > FRAME_NUMBER_MAX or left < 0:
+                    raise DamagedJournal("an entry has numbers that can't be")
+                yield where, 0, 0, valid, rows.ZERO
+            elif kind == Kind.INVALIDATE:
+                apply_range(self._index, where, place)
+            else:
+                raise DamagedJournal("an entry is of an unknown kind")
+        self.entries, self.position = count, position
+
+
+def _tags_checked(
+    seal: Seal, scribe: Scribe, area: bytes, entries: Iterator[Fields]
+) -> Iterator[Fields]:
+    """Of a sealed store. A FRAME has none: its record has."""
+    for ordinal, fields in enumerate(entries):
+        if fields[0] != Kind.FRAME:
+            _check_tag(seal, scribe, ordinal, journal.entry_at(area, ordinal))
+        yield fields
 
 
 def _check_tag(seal: Seal, scribe: Scribe, ordinal: int, entry: Entry) -> None:

@@ -14,6 +14,7 @@ segments, which are S3-FIFO's `main`):
 """
 
 from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,8 +22,9 @@ from orion_iscsifs.block.ranges import Range
 
 NEWCOMER_SHARE: Final = 10
 FLOOD_SHARE: Final = 8
+FLOOD_MIN_BYTES: Final = 8 << 20
 FLOOD_MAX_BYTES: Final = 1 << 30
-STREAMS_MAX: Final = 16
+STREAMS_MAX: Final = 64
 STREAM_SLACK_BYTES: Final = 4 << 20
 """Requests of one stream come in any order within so much: readahead sends many at once."""
 GHOSTS_MIN: Final = 1 << 10
@@ -78,24 +80,26 @@ class Streams:
 
     def __init__(self, flood_bytes: int) -> None:
         self._flood_bytes = flood_bytes
-        self._streams: list[_Stream] = []
-        """The one that got a request last comes last."""
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        """By where they are, in units of `STREAM_SLACK_BYTES`; the one used last comes last."""
 
     def is_flood(self, span: Range) -> bool:
         """Note a request, and whether it belongs to a stream that has become too long."""
-        for stream in reversed(self._streams):
-            if abs(span[0] - stream.position) <= STREAM_SLACK_BYTES:
+        streams, place = self._streams, span[0] // STREAM_SLACK_BYTES
+        for near in (place, place - 1, place + 1):
+            stream = streams.get(near)
+            if stream is not None and abs(span[0] - stream.position) <= STREAM_SLACK_BYTES:
+                del streams[near]
                 break
         else:
             stream = _Stream(span[0], span[0], 0)
-            self._streams.append(stream)
-            if len(self._streams) > STREAMS_MAX:
-                self._streams.pop(0)
-        if stream is not self._streams[-1]:
-            self._streams.remove(stream)
-            self._streams.append(stream)
+            if len(streams) >= STREAMS_MAX:
+                streams.popitem(last=False)
         stream.position = max(stream.position, span[1])
         stream.requested += span[1] - span[0]
+        place = stream.position // STREAM_SLACK_BYTES
+        streams[place] = stream
+        streams.move_to_end(place)
         length = stream.position - stream.start
         # Random requests that happen to be near each other leave most of the way out.
         return length > self._flood_bytes and 2 * stream.requested > length
@@ -108,7 +112,8 @@ class Admission:
         self.ghosts = Ghosts(ghosts_max)
         self.is_full = False
         """There is no room left that was never used."""
-        self._streams = Streams(min(tier_bytes // FLOOD_SHARE, FLOOD_MAX_BYTES))
+        flood_bytes = max(tier_bytes // FLOOD_SHARE, FLOOD_MIN_BYTES)
+        self._streams = Streams(min(flood_bytes, FLOOD_MAX_BYTES))
         self._credit = 0
 
     def passes_by(self, span: Range) -> bool:

@@ -8,10 +8,12 @@ What is in the kernel's page cache is read at once, without a thread (RWF_NOWAIT
 its price only for what has to come from the disk, or for many records together.
 """
 
+import contextlib
 import errno
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,10 +23,10 @@ from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.block.pages import FRAME_SHIFT, PAGE_BYTES, PAGE_SHIFT, page_runs
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.errors import OrionError
-from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.tier import frames, record
 from orion_iscsifs.tier.index import Row
 from orion_iscsifs.tier.record import BadRecord, Header
+from orion_iscsifs.tier.seals import SegmentSeals
 from orion_iscsifs.tier.segments import SegmentFiles
 
 RECENT_RECORDS: Final = 16
@@ -47,10 +49,10 @@ class Piece:
 class RecordReader:
     """Of one store."""
 
-    def __init__(self, files: SegmentFiles, store_id: int, seal: Seal | None) -> None:
+    def __init__(self, files: SegmentFiles, store_id: int, seals: SegmentSeals) -> None:
         self._files = files
         self._store_id = store_id
-        self._seal = seal
+        self._seals = seals
         self._local = threading.local()
         self._recent: OrderedDict[tuple[int, int], tuple[int, Buffer]] = OrderedDict()
         """By segment and place, which name a record for ever: valid pages, and content."""
@@ -93,30 +95,38 @@ class RecordReader:
 
     def read_pieces(self, pieces: list[Piece], span: Range, target: memoryview) -> None:
         """Those that are not done yet. Blocks; raises OSError."""
-        for piece in pieces:
-            if piece.is_done:
-                continue
-            if not piece.row.size_bytes:
-                lay_zeroes(piece, span, target)
-                continue
-            try:
-                header, content = self.check(piece.frame, piece.row, self.raw(piece.row))
-            except (FileNotFoundError, OrionError) as error:
-                piece.problem = error
-                continue
-            lay(piece, header.valid, content, span, target)
+        with contextlib.ExitStack() as stack:
+            # Descriptors of its own: those that are kept may be closed at any time.
+            files: dict[int, int] = {}
+            for piece in pieces:
+                if piece.is_done:
+                    continue
+                if not piece.row.size_bytes:
+                    lay_zeroes(piece, span, target)
+                    continue
+                number = piece.row.number
+                try:
+                    if number not in files:
+                        files[number] = stack.enter_context(self._opened(number))
+                    source = _pread(files[number], piece.row)
+                    header, content = self.check(piece.frame, piece.row, source)
+                except (FileNotFoundError, OrionError) as error:
+                    piece.problem = error
+                    continue
+                lay(piece, header.valid, content, span, target)
 
     def raw(self, row: Row) -> bytes:
         """The bytes of its record. Blocks; raises OSError, or BadRecord: there are too few."""
-        # A descriptor of its own: those that are kept may be closed at any time.
-        descriptor = os.open(self._files.path(row.number), os.O_RDONLY | os.O_CLOEXEC)
+        with self._opened(row.number) as descriptor:
+            return _pread(descriptor, row)
+
+    @contextlib.contextmanager
+    def _opened(self, number: int) -> Iterator[int]:
+        descriptor = os.open(self._files.path(number), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found = os.pread(descriptor, row.size_bytes, row.place)
+            yield descriptor
         finally:
             os.close(descriptor)
-        if len(found) < row.size_bytes:
-            raise BadRecord("the segment has been cut short")
-        return found
 
     # -- both ----------------------------------------------------------------------------------
 
@@ -127,7 +137,7 @@ class RecordReader:
 
     def open(self, frame: int, row: Row, source: Buffer) -> tuple[Header, Buffer]:
         """As `check`, but the content as it was stored."""
-        header, payload = record.decode(source, self._seal)
+        header, payload = record.decode(source, self._seals.of(row.number))
         found = header.store_id, header.number, header.place, header.frame
         if found != (self._store_id, row.number, row.place, frame):
             raise BadRecord("another record than the one that should be here")
@@ -141,6 +151,13 @@ class RecordReader:
         if found is None:
             found = self._local.decompressor = zstandard.ZstdDecompressor()
         return found
+
+
+def _pread(descriptor: int, row: Row) -> bytes:
+    found = os.pread(descriptor, row.size_bytes, row.place)
+    if len(found) < row.size_bytes:
+        raise BadRecord("the segment has been cut short")
+    return found
 
 
 def lay(piece: Piece, valid: int, content: Buffer, span: Range, target: memoryview) -> None:

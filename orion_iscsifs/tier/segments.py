@@ -43,15 +43,14 @@ class SegmentFiles:
                 found.append(number)
         return sorted(found)
 
-    def make(self, block: TierSuperblock, number: int) -> int:
+    def make(self, block: TierSuperblock, number: int, salt: bytes) -> int:
         """A new segment, all of it reserved; a descriptor to write to it. Raises OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         descriptor = os.open(self.path(number), flags, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, block.segment_bytes)
-            header = journal.SegmentHeader(
-                number, block.life, journal.entries_max(block.segment_bytes)
-            )
+            room = journal.entries_max(block.segment_bytes)
+            header = journal.SegmentHeader(number, block.life, room, salt)
             os.pwrite(descriptor, journal.encode_header(block.store, header), 0)
         except BaseException:
             os.close(descriptor)

@@ -27,7 +27,7 @@ from typing import Final
 
 from orion_iscsifs.block.pages import FRAME_BYTES, FRAME_SHIFT, page_runs
 from orion_iscsifs.block.ranges import Range
-from orion_iscsifs.tier.index import frames_of, pages_in
+from orion_iscsifs.tier.index import pages_in
 
 _KEPT_BUFFERS: Final = 64
 
@@ -96,7 +96,7 @@ class Staging:
 
     def watch(self, span: Range) -> None:
         """A request begins whose content may be kept."""
-        for frame, _ in frames_of(span):
+        for frame in range(span[0] >> FRAME_SHIFT, (span[1] - 1 >> FRAME_SHIFT) + 1):
             self._watched[frame] = self._watched.get(frame, 0) + 1
 
     def unwatch(self, span: Range) -> dict[int, int]:
@@ -105,7 +105,7 @@ class Staging:
         Frames that nothing has happened to are left out.
         """
         touched: dict[int, int] = {}
-        for frame, _ in frames_of(span):
+        for frame in range(span[0] >> FRAME_SHIFT, (span[1] - 1 >> FRAME_SHIFT) + 1):
             if pages := self._touched.get(frame, 0):
                 touched[frame] = pages
             self._watched[frame] -= 1
@@ -184,6 +184,8 @@ class Staging:
 
 def _members(frames: dict[int, Staged] | dict[int, int], span: Range) -> list[int]:
     """Those that have a byte of the range."""
+    if not frames:
+        return []
     first, last = span[0] >> FRAME_SHIFT, span[1] - 1 >> FRAME_SHIFT
     if last - first >= len(frames):
         return [frame for frame in frames if first <= frame <= last]

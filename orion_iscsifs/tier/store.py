@@ -40,31 +40,20 @@ from orion_iscsifs.errors import BusyError, OrionError
 from orion_iscsifs.localstore import files
 from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.localstore.superblock import ForeignFormat
-from orion_iscsifs.tier import journal, record, segments, superblock
+from orion_iscsifs.tier import journal, record, segments, superblock, trust
+from orion_iscsifs.tier.current import Current
 from orion_iscsifs.tier.index import ROWS_MAX, Index
-from orion_iscsifs.tier.journal import Entry, Kind, Scribe
+from orion_iscsifs.tier.journal import Entry, Kind
 from orion_iscsifs.tier.loading import Loaded, Loader
+from orion_iscsifs.tier.seals import SegmentSeals
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 
 log = logging.getLogger(__name__)
 
+_REASON_MAX: Final = 200
+
 _GIVE_UP: Final = "`orion-iscsifs cache drop` gives it up; it holds nothing that the LUN lacks"
-_ANOTHER_SIZE: Final = 4
-"""A tier that is to have segments so many times as large is made anew."""
-
-
-class _Current:
-    """The segment that is being filled."""
-
-    def __init__(
-        self, number: int, descriptor: int, scribe: Scribe, entries: int, position: int
-    ) -> None:
-        self.number = number
-        self.descriptor = descriptor
-        self.scribe = scribe
-        self.entries = entries
-        self.position = position
 
 
 class TierStore:
@@ -88,17 +77,21 @@ class TierStore:
         """Unparked when a segment has been prepared, or none ever will."""
         self.store_id = record.store_id(block.store)
         self.files: Final = SegmentFiles(folder)
+        self.seals = SegmentSeals(None, block.lun)
         self.index = Index(0)
         self.numbers: deque[int] = deque()
         """Of the segments, the oldest first; the current one is the last."""
-        self.current: _Current | None = None
+        self.current: Current | None = None
         self.leaving = -1
         """The number of the oldest segment, once its file is being removed."""
         self.next_seq = 0
         self.is_durable: set[int] = set()
         """Segments that were synced after the last change to them."""
-        self._prepared: _Current | None = None
-        self._filled: list[_Current] = []
+        self._last = -1, 0
+        """The newest segment when it was opened, and how many entries it had. If the tier is
+        sealed nothing is added to it: an older state of it, put back, would use its key again."""
+        self._prepared: Current | None = None
+        self._filled: list[Current] = []
         """Full, and not synced yet."""
         self._lock = lock
         self._mutex = threading.Lock()
@@ -175,15 +168,16 @@ class TierStore:
             ) from None
 
     def _resume(self, boot_id: str, tier_bytes: int | None) -> str:
-        was, block = self.superblock, self._resized(tier_bytes)
-        dropped = self._distrust(boot_id)
+        self.seals = SegmentSeals(self.seal, self.superblock.lun)
+        was, block = self.superblock, trust.resized(self.superblock, tier_bytes)
+        dropped = trust.reason_against(was, boot_id, self.files)
         if not dropped and block.segment_bytes != was.segment_bytes:
             dropped = "it is to have a very different size"
         rows_max = block.segments * journal.records_max(block.segment_bytes)
         if dropped:
             found = Loaded(Index(rows_max), dropped=dropped)
         else:
-            found = Loader(self.files, block, self.seal).load()
+            found = Loader(self.files, block, self.seals).load()
         found.trim(block.segments)
         if not found.numbers:
             # Before the superblock vouches for this boot: they must never be believed again.
@@ -204,44 +198,18 @@ class TierStore:
             if number not in numbers:
                 self.files.remove(number)
 
-    def _resized(self, tier_bytes: int | None) -> TierSuperblock:
-        block = self.superblock
-        if tier_bytes is None:
-            return block
-        size, count = journal.layout(tier_bytes)
-        fitting = (tier_bytes - 2 * journal.PAGE_BYTES) // block.segment_bytes
-        if fitting < journal.SEGMENTS_MIN or size >= _ANOTHER_SIZE * block.segment_bytes:
-            if count < journal.SEGMENTS_MIN:
-                raise too_small(tier_bytes)
-            return msgspec.structs.replace(block, segment_bytes=size, segments=count)
-        return msgspec.structs.replace(block, segments=min(fitting, journal.SEGMENTS_MAX))
-
-    def _distrust(self, boot_id: str) -> str:
-        """Why nothing in it may be believed, if so."""
-        block = self.superblock
-        if block.ended:
-            return block.ended
-        if not block.clean and block.boot_id != boot_id:
-            return "the host went down while it was in use"
-        if not block.clean:
-            # What could not be written may have been replaced by what was there before.
-            for number in self.files.numbers()[-3:]:
-                try:
-                    _sync_path(self.files.path(number))
-                except OSError as error:
-                    return f"it could not be written: {error.strerror}"
-        return ""
-
     def _take(self, found: Loaded, *, is_durable: bool) -> None:
         self.index = found.index
         self.numbers = deque(found.numbers)
         self.is_durable = set(found.numbers) if is_durable else set()
         if self.numbers:
             number = self.numbers[-1]
-            entries, position = found.ends[number]
+            self._last = number, found.ends[number][0]
+        if self.numbers and self.seal is None:
             descriptor = os.open(self.files.path(number), os.O_RDWR | os.O_CLOEXEC)
-            scribe = Scribe(self.superblock.store, number)
-            self.current = _Current(number, descriptor, scribe, entries, position)
+            self.current = Current(
+                self.superblock.store, number, descriptor, end=found.ends[number]
+            )
 
     # -- what there is -----------------------------------------------------------------------
 
@@ -254,9 +222,9 @@ class TierStore:
     def used_bytes(self) -> int:
         """Of its files: the superblocks, and what the segments hold."""
         used = 2 * journal.PAGE_BYTES
+        used += len(self.numbers) * self.superblock.segment_bytes
         if self.current is not None:
-            used += self.current.position
-            used += (len(self.numbers) - 1) * self.superblock.segment_bytes
+            used += self.current.position - self.superblock.segment_bytes
         return used
 
     @property
@@ -284,6 +252,12 @@ class TierStore:
             0,
         )
 
+    def has_room(self, entries: int) -> bool:
+        """Whether so many entries fit into the journal of the current segment."""
+        current = self.current
+        most = journal.entries_max(self.superblock.segment_bytes)
+        return current is not None and current.entries + entries <= most
+
     def begin_segment(self) -> bool:
         """Go on in the segment that was made ahead; False: there is none. Without a checkpoint."""
         prepared = self._prepared
@@ -309,12 +283,8 @@ class TierStore:
         """
         if self.failed is not None:
             return False
-        current = self.current
-        if current is None or current.entries >= journal.entries_max(self.superblock.segment_bytes):
-            if not self.begin_segment():
-                return False
-            current = self.current
-            assert current is not None
+        if not (self.has_room(1) or self.begin_segment()):
+            return False
         entry = Entry(
             Kind.INVALIDATE, 0, 0, span[0], span[1] - span[0], self._seq(), self.superblock.life
         )
@@ -323,28 +293,16 @@ class TierStore:
     def add(self, entries: list[Entry]) -> bool:
         """Write entries to the current segment, which has room for them. False: it has failed.
 
-        Without a checkpoint. Entries without a record get their tag here.
+        Without a checkpoint.
         """
         current = self.current
         assert current is not None
-        lines = []
-        for ordinal, entry in enumerate(entries, current.entries):
-            tagged = entry
-            if self.seal is not None and entry.kind != Kind.FRAME:
-                bound = current.scribe.tagged(ordinal, entry)
-                tag = self.seal.encrypt(entry.life, entry.seq, bound, b"")
-                tagged = entry._replace(tag=tag)
-            lines.append(current.scribe.encode(ordinal, tagged))
-        content = b"".join(lines)
-        at = journal.PAGE_BYTES + current.entries * journal.ENTRY_BYTES
+        assert self.has_room(len(entries)), "the journal would run into the records"
         try:
-            written = os.pwrite(current.descriptor, content, at)
-            if written != len(content):
-                raise OSError(28, os.strerror(28))
+            current.add(entries, self.seals.of(current.number))
         except OSError as error:
             self.fail("writing", error)
             return False
-        current.entries += len(entries)
         self.is_durable.discard(current.number)
         return True
 
@@ -375,15 +333,16 @@ class TierStore:
         assert self._prepared is None
         assert len(self.numbers) < self.superblock.segments
         number = self.superblock.newest + 1
-        descriptor = self.files.make(self.superblock, number)
+        salt = self.seals.new_salt()
+        descriptor = self.files.make(self.superblock, number, salt)
+        self.seals.note(number, salt)
         try:
             self._change(newest=number)
         except BaseException:
             os.close(descriptor)
             raise
-        start = journal.records_start(self.superblock.segment_bytes)
-        scribe = Scribe(self.superblock.store, number)
-        self._prepared = _Current(number, descriptor, scribe, 0, start)
+        end = 0, journal.records_start(self.superblock.segment_bytes)
+        self._prepared = Current(self.superblock.store, number, descriptor, end=end)
 
     def sync_filled(self) -> None:
         """Segments that have been filled become durable. Blocks; raises OSError."""
@@ -399,6 +358,7 @@ class TierStore:
         number = self.numbers.popleft()
         self.index.forget(number)
         self.files.close(number)
+        self.seals.forget(number)
         self.is_durable.discard(number)
 
     # -- ending ------------------------------------------------------------------------------
@@ -429,23 +389,8 @@ class TierStore:
 
         Raises TierError if nothing of what can be tried works.
         """
-        attempts: list[Callable[[], None]] = [
-            lambda: self._change(ended=str(self.failed), clean=False),
-            lambda: segments.remove_all(self.folder),
-            lambda: segments.truncate_all(self.folder),
-        ]
-        problems = []
-        for attempt in attempts:
-            try:
-                attempt()
-            except OSError as error:
-                problems.append(error.strerror or str(error))
-            else:
-                return
-        raise TierError(
-            f"tier {self.folder}: can't be marked as ended: {'; '.join(problems)}",
-            advice="remove that folder by hand before the next mount: it is out of date",
-        )
+        why = str(self.failed)[-_REASON_MAX:]  # a page has to hold it
+        trust.retire(self.folder, lambda: self._change(ended=why, clean=False))
 
     def mark_clean(self) -> None:
         """All of it is durable, and the next mount may believe it. Blocks; raises OSError.
@@ -453,15 +398,17 @@ class TierStore:
         Nothing may be added any more.
         """
         self.sync_filled()
-        current = self.current
+        if self.numbers and self.numbers[0] == self.leaving:
+            # Whoever was about to forget it was stopped.
+            self.files.remove(self.leaving)
+            self.forget_oldest()
+        newest, entries = self._last
+        if self.current is not None:
+            newest, entries = self.current.number, self.current.entries
         for number in self.numbers:
             if number not in self.is_durable:
-                _sync_path(self.files.path(number))
-        self._change(
-            clean=True,
-            newest=-1 if current is None else current.number,
-            entries=0 if current is None else current.entries,
-        )
+                trust.sync_path(self.files.path(number))
+        self._change(clean=True, newest=newest, entries=entries)
         if self._prepared is not None:
             os.close(self._prepared.descriptor)
             self.files.remove(self._prepared.number)
@@ -510,7 +457,7 @@ def new_tier_superblock(
     """For a new tier of `tier_bytes`. Raises TierError if that is too little."""
     size, count = journal.layout(tier_bytes)
     if count < journal.SEGMENTS_MIN:
-        raise too_small(tier_bytes)
+        raise trust.too_small(tier_bytes)
     return TierSuperblock(
         store=secrets.token_bytes(16),
         lun=lun,
@@ -522,12 +469,6 @@ def new_tier_superblock(
         boot_id=boot_id,
         target=target,
     )
-
-
-def too_small(tier_bytes: int) -> TierError:
-    """What to say of such a size."""
-    least = journal.SEGMENTS_MIN * journal.SEGMENT_USUAL_MIN_BYTES + 2 * journal.PAGE_BYTES
-    return TierError(f"tier_size: {tier_bytes} bytes are less than {least}")
 
 
 def drop(folder: Path) -> None:
@@ -553,11 +494,3 @@ def _lock(folder: Path) -> int:
         return files.lock(folder)
     except BusyError as error:
         raise BusyError(f"tier {folder}: in use by another mount", advice=error.advice) from None
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ the next change would find nothing to invalidate and write no entry.
 """
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, Literal
 
@@ -31,15 +31,17 @@ from orion_iscsifs.block.device import (
     GeometryListener,
     check_request,
 )
-from orion_iscsifs.block.pages import FRAME_BYTES, FRAME_SHIFT, PAGE_BYTES, page_runs, pages_covered
+from orion_iscsifs.block.pages import FRAME_BYTES, FRAME_SHIFT, PAGE_BYTES
 from orion_iscsifs.block.ranges import Range
 from orion_iscsifs.errors import OrionError, WriteProtected
+from orion_iscsifs.tier import spans
 from orion_iscsifs.tier.appending import Appender
 from orion_iscsifs.tier.batch import BatchWriter
 from orion_iscsifs.tier.index import frames_of, pages_in
 from orion_iscsifs.tier.journal import records_max
 from orion_iscsifs.tier.policy import Admission
 from orion_iscsifs.tier.reading import Piece, RecordReader
+from orion_iscsifs.tier.retiring import Retirement
 from orion_iscsifs.tier.staging import Staging
 from orion_iscsifs.tier.statistics import TierStatistics
 from orion_iscsifs.tier.store import TierStore
@@ -50,16 +52,14 @@ log = logging.getLogger(__name__)
 Level = int | Literal["adaptive"]
 
 STAGING_MAX_BYTES: Final = 32 << 20
+STAGING_MIN_BYTES: Final = 1 << 20
 STAGING_SHARE: Final = 8
-"""At most one such part of the tier's size is in memory, on its way in."""
+"""One such part of the tier's size may be in memory, on its way in, within these bounds."""
 PIECES_NOW: Final = 2
 """Records that are read and decompressed between two requests; more of them are for a thread."""
 READERS: Final = 4
 """Threads that read."""
-BRIDGE_BYTES: Final = 32 << 10
-"""Asking the device for so much that the tier has costs less than another request."""
 DRAIN_S: Final = 10.0
-RETIRE_AGAIN_S: Final = 5.0
 _END: Final = 1 << 56
 
 
@@ -71,29 +71,31 @@ class CompressedTier:
         self.statistics: Final = TierStatistics()
         self._device = device
         tier_bytes = store.size_bytes
-        self._staging = Staging(min(STAGING_MAX_BYTES, tier_bytes // STAGING_SHARE))
+        room = max(tier_bytes // STAGING_SHARE, STAGING_MIN_BYTES)
+        self._staging = Staging(min(room, STAGING_MAX_BYTES))
         block = store.superblock
         self._admission = Admission(tier_bytes, block.segments * records_max(block.segment_bytes))
-        self._reader = RecordReader(store.files, store.store_id, store.seal)
+        self._reader = RecordReader(store.files, store.store_id, store.seals)
         self._limiter = trio.CapacityLimiter(READERS)
         self._listeners: list[GeometryListener] = []
         self._vanishing: list[Range] = []
-        """Ends that the device has lost, until nothing is known of them any more."""
+        """What is not true any more, until the index and the journal know it: ends that the device
+        has lost, and records that are bad."""
         self._vanish = trio.lowlevel.ParkingLot()
-        self._ended = trio.lowlevel.ParkingLot()
-        self._is_retired = trio.Event()
-        """A tier that has failed will not be believed by another mount."""
+        self.retirement: Final = Retirement(store)
         self.appender: Final = Appender(
             store,
             self._staging,
             self._admission,
-            BatchWriter(self._reader, store.seal),
+            BatchWriter(self._reader, store.seals),
             self.statistics,
             level=None if level == "adaptive" else level,
         )
+        self._changes = 0
+        """How many have ended."""
+        self._durable_changes = 0
+        """So many of them ended before a flush that was good."""
         self._size = device.geometry.size_bytes
-        if store.index.frames:
-            self._lose((self._size, _END))  # it may have been larger at the last mount
         store.on_end = self._end
         device.on_geometry_change(self._change_geometry)
 
@@ -122,7 +124,7 @@ class CompressedTier:
             self.statistics.hits += 1
             self.statistics.hit_bytes += len(target)
             return
-        runs = _runs(missing, span)
+        runs = spans.runs(missing, span)
         asked = sum(end - start for start, end in runs)
         self.statistics.misses += 1
         self.statistics.miss_bytes += asked
@@ -132,32 +134,40 @@ class CompressedTier:
     async def write(self, offset: int, source: Buffer, *, fua: bool = False) -> None:
         self._check_change(offset, len(source))
         span = offset, offset + len(source)
-        if self.store.failed is not None and self._is_retired.is_set():
+        if self.store.failed is not None and self.retirement.is_certain.is_set():
             await self._device.write(offset, source, fua=fua)
             return
         known: set[int] = set()
         staging, touched = self._staging, dict[int, int]()
-        async with self._changing(span, known):
+
+        async def write() -> None:
+            nonlocal touched
             staging.watch(span)
             try:
                 await self._device.write(offset, source, fua=fua)
             finally:
                 touched = staging.unwatch(span)
+
+        await self._change(span, write, known)
         passes_by = self._admission.passes_by(span)
         self._take_in(span, memoryview(source), touched, known, passes_by=passes_by)
 
     async def flush(self) -> None:
+        covers = self._changes
         await self._device.flush()
+        self._durable_changes = max(self._durable_changes, covers)
 
     async def discard(self, offset: int, length: int) -> None:
         self._check_change(offset, length)
-        async with self._changing((offset, offset + length)):
-            await self._device.discard(offset, length)
+        span = offset, offset + length
+        await self._change(span, lambda: self._device.discard(offset, length))
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         self._check_change(offset, length)
-        async with self._changing((offset, offset + length)):
-            await self._device.write_zeroes(offset, length, may_unmap=may_unmap)
+        await self._change(
+            (offset, offset + length),
+            lambda: self._device.write_zeroes(offset, length, may_unmap=may_unmap),
+        )
 
     # -- for the owner ---------------------------------------------------------------------------
 
@@ -185,7 +195,7 @@ class CompressedTier:
             for staged in staging.find(frame):
                 if found := pages & staged.mask:
                     assert staged.buffer is not None
-                    _copy(frame, found, staged.buffer, span, target)
+                    spans.copy(frame, found, staged.buffer, span, target)
                     pages &= ~found
             row = index.find(frame) if pages else None
             if row is not None and row.number != leaving and (found := pages & row.valid):
@@ -229,8 +239,14 @@ class CompressedTier:
             start = piece.frame << FRAME_SHIFT
             if store.invalidate((start, start + FRAME_BYTES)):
                 store.index.remove(piece.frame)
+            else:
+                self._lose((start, start + FRAME_BYTES))
 
     async def _read_device(self, runs: list[Range], span: Range, target: memoryview) -> None:
+        if len(runs) == 1:
+            start, end = runs[0]
+            await self._read_run(runs[0], target[start - span[0] : end - span[0]])
+            return
         errors: list[OrionError] = []
 
         async def read(run: Range) -> None:
@@ -239,12 +255,9 @@ class CompressedTier:
             except OrionError as error:
                 errors.append(error)
 
-        if len(runs) == 1:
-            await read(runs[0])
-        else:
-            async with trio.open_nursery() as nursery:
-                for run in runs:
-                    nursery.start_soon(read, run)
+        async with trio.open_nursery() as nursery:
+            for run in runs:
+                nursery.start_soon(read, run)
         if errors:
             raise errors[0]
 
@@ -279,7 +292,7 @@ class CompressedTier:
         if store.failed is not None:
             return
         staged_any = False
-        for frame, pages in _whole_pages(span):
+        for frame, pages in spans.whole_pages(span):
             pages &= ~touched.get(frame, 0)
             row = store.index.find(frame)
             if row is not None:
@@ -303,20 +316,25 @@ class CompressedTier:
 
     # -- changes ---------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _changing(self, span: Range, known: set[int] | None = None) -> AsyncIterator[None]:
-        """Around a change of the device: nothing of the range is known meanwhile, or afterwards.
+    async def _change(
+        self,
+        span: Range,
+        operation: Callable[[], Awaitable[None]],
+        known: set[int] | None = None,
+    ) -> None:
+        """Change the device: nothing of the range is known meanwhile, or afterwards.
 
         `known` gets the frames that something was known of.
         """
         if span[0] == span[1]:
-            yield
+            await operation()
             return
         self._staging.begin_change(span)
         try:
             await self._invalidate(span, known)
-            yield
+            await operation()
         finally:
+            self._changes += 1
             self._staging.end_change(span)
 
     async def _invalidate(self, span: Range, known: set[int] | None = None) -> None:
@@ -331,17 +349,17 @@ class CompressedTier:
                     store.index.remove_range(span)
                 elif store.failed is None:
                     await self._wait_for_room()
-        elif store.index.frames:
+        elif numbers := await self._segments_with(span):
             while store.failed is None and not store.invalidate(span):
                 await self._wait_for_room()
             self.statistics.invalidations += 1
-            for number in store.index.numbers:
+            for number in numbers:
                 store.index.remove_range_in(number, span)
                 await trio.lowlevel.checkpoint()
         if store.needs_segment:
             self.appender.wake()
         if store.failed is not None:
-            await self._is_retired.wait()
+            await self.retirement.is_certain.wait()
 
     def _known(self, span: Range) -> list[int]:
         find = self.store.index.find
@@ -350,6 +368,15 @@ class CompressedTier:
             for frame, pages in frames_of(span)
             if (row := find(frame)) is not None and row.valid & pages
         ]
+
+    async def _segments_with(self, span: Range) -> list[int]:
+        """Those with something of the range. While it is announced, no other gets any of it."""
+        found = []
+        for number in self.store.index.numbers:
+            if self.store.index.has_range_in(number, span):
+                found.append(number)
+            await trio.lowlevel.checkpoint()
+        return found
 
     async def _wait_for_room(self) -> None:
         self.appender.wake()
@@ -396,77 +423,40 @@ class CompressedTier:
     def _end(self) -> None:
         """The tier has failed."""
         self._staging.clear()
-        self._ended.unpark_all()
+        self.retirement.wake()
         self.appender.wake()
 
-    async def retire_when_failed(self) -> None:
-        """The background: once the tier has failed, see to it that nobody believes it again.
-
-        Changes of the device wait for that, or for all that can be tried to have been tried once.
-        """
-        store = self.store
-        while store.failed is None:
-            await self._ended.park()
-        told = False
-        while True:
-            told = told or await trio.to_thread.run_sync(store.tell_owner)
-            if told:
-                self._is_retired.set()
-            try:
-                await trio.to_thread.run_sync(store.retire)
-            except TierError as error:
-                if not self._is_retired.is_set():
-                    log.error("%s", error.line)
-                self._is_retired.set()
-                await trio.sleep(RETIRE_AGAIN_S)
-            else:
-                self._is_retired.set()
-                return
+    async def begin(self) -> None:
+        """Forget what lies beyond the end: the device may have been larger at the last mount."""
+        gone = self._size, _END
+        self._vanishing.append(gone)
+        self._staging.begin_change(gone)
+        await self._forget_ends()
 
     async def finish(self) -> None:
         """The end in order, once nothing is appended any more."""
         store = self.store
         await self._forget_ends()
-        if store.failed is None:
+        if store.failed is None and await self._is_durable():
             try:
                 await trio.to_thread.run_sync(store.mark_clean)
             except OSError as error:
                 store.fail("closing", error)
         if store.failed is not None:
-            await self._is_retired.wait()
+            await self.retirement.is_certain.wait()
 
+    async def _is_durable(self) -> bool:
+        """Whether the device has for certain what it was given, and the tier may have kept.
 
-def _whole_pages(span: Range) -> list[tuple[int, int]]:
-    """The frames with a whole page in the range, each with the mask of those."""
-    found = []
-    for frame, _ in frames_of(span):
-        base = frame << FRAME_SHIFT
-        pages = pages_covered(max(span[0] - base, 0), min(span[1] - base, FRAME_BYTES))
-        if pages:
-            found.append((frame, pages))
-    return found
-
-
-def _runs(missing: dict[int, int], span: Range) -> list[Range]:
-    """The bytes of these pages in the range, in as few requests as are worth it, ascending."""
-    runs: list[Range] = []
-    for frame, pages in sorted(missing.items()):
-        base = frame << FRAME_SHIFT
-        for first, last in page_runs(pages):
-            start, end = max(base + first, span[0]), min(base + last, span[1])
-            if runs and start - runs[-1][1] < BRIDGE_BYTES:
-                runs[-1] = runs[-1][0], max(end, runs[-1][1])
-            else:
-                runs.append((start, end))
-    return runs
-
-
-def _copy(frame: int, pages: int, buffer: memoryview, span: Range, target: memoryview) -> None:
-    """Pages out of a whole frame to where they are wanted."""
-    base = frame << FRAME_SHIFT
-    for first, last in page_runs(pages):
-        start, end = max(base + first, span[0]), min(base + last, span[1])
-        target[start - span[0] : end - span[0]] = buffer[start - base : end - base]
+        It may lose what was not flushed, with its power: the tier would know better then.
+        """
+        if self._durable_changes < self._changes and self.geometry.write_cache:
+            with trio.move_on_after(DRAIN_S):
+                try:
+                    await self.flush()
+                except OrionError as error:
+                    log.warning("tier %s: left as in use: %s", self.store.folder, error)
+        return self._durable_changes == self._changes or not self.geometry.write_cache
 
 
 @asynccontextmanager
@@ -479,8 +469,9 @@ async def open_tier(
     durable, and the next mount may believe it. Otherwise it has to be in the same boot of the host.
     """
     tier = CompressedTier(device, store, level=level)
-    async with background(tier.retire_when_failed, tier.forget_ends):
+    async with background(tier.retirement.run, tier.forget_ends):
         async with background(tier.appender.run):
+            await tier.begin()
             yield tier
             with trio.move_on_after(DRAIN_S):
                 await tier.appender.drain()

@@ -79,20 +79,20 @@ async def tiered(
     level: Level = 1,
     sealed: bool = False,
     boot_id: str = BOOT,
-    tier_bytes: int | None = None,
+    may_fail: bool = False,
 ) -> AsyncIterator[CompressedTier]:
-    """Go on with the tier in `folder`, or begin one."""
+    """Go on with the tier in `folder`, or begin one. It has to end well, unless it `may_fail`."""
     store, _ = opened(
         folder,
         device.geometry.size_bytes,
         size=size,
         sealed=sealed,
         boot_id=boot_id,
-        tier_bytes=tier_bytes,
     )
     try:
         async with open_tier(device, store, level=level) as tier:
             yield tier
+        assert may_fail or (store.superblock.clean and store.failed is None)
     finally:
         store.close()
 
