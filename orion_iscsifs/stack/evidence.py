@@ -27,10 +27,10 @@ from orion_iscsifs.initiator.standing import OUR_TYPE, Own, Seen, foreign_key
 from orion_iscsifs.stack.exclusive import Exclusive, lun_name
 
 
-def lun_folder(parent: str, lun: str) -> Path:
-    """Where the log or the tier of a LUN is; `lun` is its designator."""
+def lun_folder(parent: str, lun: str, suffix: str = "") -> Path:
+    """Where something of a LUN is kept; `lun` is its designator."""
     safe = re.sub(r"[^A-Za-z0-9.-]", "_", lun)[:64]
-    return Path(parent) / f"{safe}-{lun_stem(lun)[:8]}"
+    return Path(parent) / f"{safe}-{lun_stem(lun)[:8]}{suffix}"
 
 
 class Owner:

@@ -8,16 +8,19 @@ To have that proof the next time, a mount with a tier leaves its reservation at 
 ends (`Exclusive.stay`): only so can nobody write in between. `umount --release` takes it away.
 
 A tier is worth something and is needed for nothing: one that can't be used is left out, and the
-mount goes on without it. Only a key that does not open it is refused, since that is a mistake of
-the user's which would cost the tier.
+mount goes on without it. Only a missing or a wrong key is refused, since that is a mistake of the
+user's, which would cost the tier or lay open what was sealed. One that is not sealed is removed
+before a mount with a key begins another.
 """
 
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import trio
 
 from orion_iscsifs.background import background
@@ -25,16 +28,57 @@ from orion_iscsifs.block.device import BlockDevice
 from orion_iscsifs.config import MountConfig, TierConfig, TierReuse
 from orion_iscsifs.errors import BusyError
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.localstore.seal import Seal, WrongKey, new_sealing, unwrap
 from orion_iscsifs.localstore.superblock import NAMES
 from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_folder
-from orion_iscsifs.stack.exclusive import Exclusive, look
+from orion_iscsifs.stack.exclusive import Exclusive
+from orion_iscsifs.stack.exclusive import look as look_at_reservation
 from orion_iscsifs.tier.store import TierStore, new_tier_superblock
 from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 
 log = logging.getLogger(__name__)
 
+_SUFFIX: Final = ".tier"
+"""Of the folder: a log may be in the same one."""
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+async def look(disk: LunDevice, config: MountConfig) -> Seal | None:
+    """Try the key of the tier that is there; what it unlocks. Raises WrongKey.
+
+    To be called before a reservation is made, as `logs.look`.
+    """
+    if config.tier is None or not disk.info.name:
+        return None
+    folder = lun_folder(config.tier.folder, disk.info.name, _SUFFIX)
+    return await trio.to_thread.run_sync(_look, folder, config.cache.passphrase)
+
+
+def _look(folder: Path, passphrase: bytes | None) -> Seal | None:
+    if not any((folder / name).exists() for name in NAMES):
+        return None
+    try:
+        store = TierStore.open(folder, shared=True)
+    except TierError:
+        return None  # it is made anew
+    block = store.superblock
+    store.close()
+    if block.sealing is None:
+        return None
+    if passphrase is None:
+        raise WrongKey(
+            f"tier {folder}: is sealed, and there is no key",
+            advice="add cache_key_file=FILE; `orion-iscsifs cache drop` gives the tier up",
+        )
+    try:
+        return Seal(unwrap(block.sealing, passphrase, block.store))
+    except WrongKey as error:
+        raise WrongKey(
+            f"tier {folder}: {error}",
+            advice="give cache_key_file= the key that it was sealed with;"
+            " `orion-iscsifs cache drop` gives the tier up",
+        ) from None
 
 
 @asynccontextmanager
@@ -44,19 +88,26 @@ async def open_local_tier(
     volume: str,
     exclusive: Exclusive | None,
     config: MountConfig,
+    unlocked: Seal | None,
 ) -> AsyncIterator[CompressedTier | None]:
     """The device with its tier in front, for the time of the body; None: it has to do without.
 
-    `volume`: what tells the content of `device` from all others.
+    `volume`: what tells the content of `device` from all others. `unlocked`: what `look` has found.
     """
     assert config.tier is not None
     owner = Owner("tiers", disk)
-    seen = await look(disk, config) if exclusive is None else exclusive.first.found
+    seen = await look_at_reservation(disk, config) if exclusive is None else exclusive.first.found
     known = evidence(owner, disk, seen)
     try:
-        folder = _folder(disk, config.tier)
-        wanted = _wanted(device, disk, volume, config.tier)
-        store = await trio.to_thread.run_sync(_open, folder, config.tier, wanted, known)
+        opening = _Opening(
+            folder=_folder(disk, config.tier),
+            wanted=_wanted(device, disk, volume, config.tier),
+            config=config.tier,
+            known=known,
+            unlocked=unlocked,
+            passphrase=config.cache.passphrase,
+        )
+        store = await trio.to_thread.run_sync(opening.store)
     except (TierError, BusyError) as error:
         log.warning("%s; going on without it", error)
         if not device.geometry.read_only:
@@ -109,7 +160,7 @@ def _folder(disk: LunDevice, config: TierConfig) -> Path:
         raise TierError(
             f"LUN {disk.number}: the device has no name (VPD page 83h) to bind a tier to"
         )
-    return lun_folder(config.folder, disk.info.name)
+    return lun_folder(config.folder, disk.info.name, _SUFFIX)
 
 
 def _wanted(
@@ -130,45 +181,76 @@ def _boot_id() -> str:
     return _BOOT_ID.read_text().strip()
 
 
-def _open(folder: Path, config: TierConfig, wanted: TierSuperblock, known: Evidence) -> TierStore:
-    """What is there, if it may be used, or else an empty one. Blocks.
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What is needed to open a tier, or to make it."""
 
-    Raises TierError or BusyError.
-    """
-    if not any((folder / name).exists() for name in NAMES):
-        return _resumed(TierStore.create(folder, wanted), config, wanted)
-    try:
-        store = TierStore.open(folder)
-    except TierError as error:
-        log.warning("%s; it is made anew", error)
-        return _resumed(TierStore.create(folder, wanted), config, wanted)
-    try:
-        why = _doubt(store.superblock, wanted, known, config.reuse)
-        if why:
-            log.warning("tier %s: what is in it is not used: %s", folder, why)
-            store.restart(wanted)
-        return _resumed(store, config, wanted)
-    except BaseException:
-        store.close()
-        raise
+    folder: Path
+    wanted: TierSuperblock
+    config: TierConfig
+    known: Evidence
+    unlocked: Seal | None
+    passphrase: bytes | None = field(repr=False)
 
+    def store(self) -> TierStore:
+        """What is there, if it may be used, or else an empty one. Blocks.
 
-def _resumed(store: TierStore, config: TierConfig, wanted: TierSuperblock) -> TierStore:
-    dropped = store.resume(boot_id=wanted.boot_id, tier_bytes=config.size_bytes)
-    if dropped:
-        log.warning("tier %s: what is in it is not used: %s", store.folder, dropped)
-    return store
+        Raises TierError or BusyError.
+        """
+        if not any((self.folder / name).exists() for name in NAMES):
+            return self._resumed(self._made())
+        try:
+            store = TierStore.open(self.folder)
+        except TierError as error:
+            log.warning("%s; it is made anew", error)
+            return self._resumed(self._made())
+        try:
+            why = self._doubt(store.superblock)
+            if why:
+                log.warning("tier %s: what is in it is not used: %s", self.folder, why)
+                block, seal = self._sealed()
+                store.restart(block, seal=seal)
+            else:
+                store.seal = self.unlocked
+            return self._resumed(store)
+        except BaseException:
+            store.close()
+            raise
 
+    def _made(self) -> TierStore:
+        block, seal = self._sealed()
+        return TierStore.create(self.folder, block, seal=seal)
 
-def _doubt(block: TierSuperblock, wanted: TierSuperblock, known: Evidence, reuse: TierReuse) -> str:
-    """Why what an earlier mount has left is not used; empty: it is."""
-    if block.lun != wanted.lun:
-        return f"it belongs to another LUN, {block.lun}"
-    if block.block_bytes != wanted.block_bytes:
-        return "the blocks of the LUN had another length"
-    if reuse is TierReuse.NEVER:
-        return "tier_reuse=never"
-    doubt = known.doubt(block.store, block.generation)
-    # What this host has done itself is no matter of trust.
-    certain = known.owner != block.store.hex()
-    return doubt if certain or reuse is TierReuse.RESERVATION else ""
+    def _sealed(self) -> tuple[TierSuperblock, Seal | None]:
+        """What is wanted, with a key of its own if there is a passphrase."""
+        if self.passphrase is None:
+            return self.wanted, None
+        sealing, key = new_sealing(self.passphrase, self.wanted.store)
+        return msgspec.structs.replace(self.wanted, sealing=sealing), Seal(key)
+
+    def _resumed(self, store: TierStore) -> TierStore:
+        try:
+            dropped = store.resume(boot_id=self.wanted.boot_id, tier_bytes=self.config.size_bytes)
+        except BaseException:
+            store.close()
+            raise
+        if dropped:
+            log.warning("tier %s: what is in it is not used: %s", self.folder, dropped)
+        return store
+
+    def _doubt(self, block: TierSuperblock) -> str:
+        """Why what an earlier mount has left is not used; empty: it is."""
+        if block.lun != self.wanted.lun:
+            return f"it belongs to another LUN, {block.lun}"
+        if block.block_bytes != self.wanted.block_bytes:
+            return "the blocks of the LUN had another length"
+        if (block.sealing is None) != (self.unlocked is None):
+            return "it was made anew by another mount"
+        if block.sealing is None and self.passphrase is not None:
+            return "it is not sealed"
+        if self.config.reuse is TierReuse.NEVER:
+            return "tier_reuse=never"
+        doubt = self.known.doubt(block.store, block.generation)
+        # What this host has done itself is no matter of trust.
+        certain = self.known.owner != block.store.hex()
+        return doubt if certain or self.config.reuse is TierReuse.RESERVATION else ""

@@ -14,6 +14,7 @@ from orion_iscsifs.config import CacheConfig, CacheMode, MountConfig
 from orion_iscsifs.crypt.device import LuksDevice
 from orion_iscsifs.crypt.opening import Unlocked, open_luks, unlock_luks
 from orion_iscsifs.initiator.lun import LunDevice
+from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.localstore.store import LogStore
 from orion_iscsifs.stack import logs, tiers
 from orion_iscsifs.stack.exclusive import Exclusive, hold, wanted
@@ -61,6 +62,7 @@ class Unit(AbstractAsyncContextManager[object]):
         self._volume = disk.info.name
         """What tells the content from all others."""
         self._known_log: LogStore | None = None
+        self._unlocked_tier: Seal | None = None
         self._layers = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -86,6 +88,7 @@ class Unit(AbstractAsyncContextManager[object]):
             unlocked = await unlock_luks(self.disk, config.luks.passphrase.reveal(), self.path)
         if config.cache.mode is CacheMode.LOG and not self.disk.geometry.read_only:
             self._known_log = await logs.look(self.disk, config.cache)
+        self._unlocked_tier = await tiers.look(self.disk, config)
         return unlocked
 
     async def _reach(self, layers: AsyncExitStack) -> BlockDevice:
@@ -112,7 +115,9 @@ class Unit(AbstractAsyncContextManager[object]):
         config, read_only = self._config, device.geometry.read_only
         if config.tier is not None:
             self.tier = await layers.enter_async_context(
-                tiers.open_local_tier(device, self.disk, self._volume, self.exclusive, config)
+                tiers.open_local_tier(
+                    device, self.disk, self._volume, self.exclusive, config, self._unlocked_tier
+                )
             )
             device = self.tier or device
         elif not read_only:

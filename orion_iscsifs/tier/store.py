@@ -112,6 +112,11 @@ class TierStore:
                 f"tier {folder}: can't be made: {error.strerror}", advice="choose another tier_dir"
             ) from None
         try:
+            if not superblock.may_be_replaced(files.superblock_pages(folder)):
+                raise TierError(
+                    f"tier {folder}: there is something else in that folder",
+                    advice="choose another tier_dir",
+                )
             store.restart(block, seal=seal)
         except BaseException:
             store.close()

@@ -11,7 +11,7 @@ import msgspec
 
 from orion_iscsifs.block.device import Buffer
 from orion_iscsifs.errors import OrionError
-from orion_iscsifs.localstore import superblock
+from orion_iscsifs.localstore import rekey, superblock
 from orion_iscsifs.localstore.seal import Sealing
 from orion_iscsifs.tier import journal
 
@@ -60,6 +60,10 @@ class TierSuperblock(msgspec.Struct, frozen=True, kw_only=True):
         return superblock.LIVES | (superblock.SEALED if self.sealing else 0)
 
 
+SEALABLE: Final = (rekey.LOG, (TierSuperblock, MAGIC))
+"""For `rekey.change_keys`: logs and tiers."""
+
+
 def encode(counter: int, block: TierSuperblock) -> bytes:
     """A page."""
     return superblock.encode(counter, block, incompat=block.incompat, magic=MAGIC)
@@ -71,6 +75,11 @@ def newest(pages: Sequence[Buffer]) -> tuple[int, TierSuperblock] | None:
     if found is not None and not is_sound(found[1]):
         raise superblock.ForeignFormat("its superblock holds numbers that can't be")
     return found
+
+
+def may_be_replaced(pages: Sequence[Buffer]) -> bool:
+    """Whether the superblocks of a folder are a tier's, perhaps damaged, and not a log's."""
+    return not any(bytes(page[: len(superblock.MAGIC)]) == superblock.MAGIC for page in pages)
 
 
 def is_sound(block: TierSuperblock) -> bool:

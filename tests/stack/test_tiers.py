@@ -19,14 +19,18 @@ from orion_iscsifs.config import (
     MountConfig,
     ReserveConfig,
     ReserveMode,
+    SecretBytes,
     TierConfig,
     TierReuse,
 )
 from orion_iscsifs.config.places import state_dir
 from orion_iscsifs.errors import BusyError
+from orion_iscsifs.localstore.rekey import change_keys
+from orion_iscsifs.localstore.seal import WrongKey
 from orion_iscsifs.stack import Stack, open_stack
 from orion_iscsifs.stack.unit import Unit
 from orion_iscsifs.target import RamDevice, Running
+from orion_iscsifs.tier.superblock import SEALABLE
 from orion_iscsifs.url import parse
 from tests.stack.test_logs import target
 from tests.world import SIZE, mount
@@ -47,9 +51,13 @@ def tiered(
     mode: CacheMode = CacheMode.WRITEBACK,
     read_only: bool = False,
     reserve: ReserveConfig | None = None,
+    key: bytes | None = None,
 ) -> MountConfig:
+    config = mount(mode)
+    sealed = {} if key is None else {"key": SecretBytes(key), "key_file": "/the/key"}
     return msgspec.structs.replace(
-        mount(mode),
+        config,
+        cache=msgspec.structs.replace(config.cache, **sealed),
         tier=TierConfig(folder=os.environ["TIERS"], size_bytes=64 << 20, reuse=reuse),
         fuse=FuseConfig(read_only=read_only),
         reserve=reserve or ReserveConfig(),
@@ -236,3 +244,98 @@ async def test_a_tier_in_use_is_left_to_its_user(caplog: pytest.LogCaptureFixtur
         assert await image(second) == OLD
         assert second.status()["luns"][0]["tier"] is None
     assert "in use" in caplog.text
+
+
+# -- sealed ---------------------------------------------------------------------------------------
+
+KEY = b"the key of these tests"
+MARKER = b"nobody may read this on the local disk. "
+SECRET = (MARKER * (SPAN // len(MARKER) + 1))[:SPAN]
+
+
+def found_on_disk() -> bool:
+    folder = Path(os.environ["TIERS"])
+    return any(MARKER in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+async def test_the_marker_is_found_where_nothing_is_sealed() -> None:
+    """The control for the next test: with no compression the content is there as it is."""
+    config = tiered()
+    assert config.tier is not None
+    plain = msgspec.structs.replace(config, tier=msgspec.structs.replace(config.tier, level=0))
+    async with disk_of(SECRET) as (_, running):
+        assert await seen(running, plain) == SECRET
+    assert found_on_disk()
+
+
+@pytest.mark.parametrize("level", [0, 1])
+async def test_a_sealed_tier_shows_nothing_and_works(level: int) -> None:
+    config = tiered(key=KEY)
+    assert config.tier is not None
+    sealed = msgspec.structs.replace(config, tier=msgspec.structs.replace(config.tier, level=level))
+    async with disk_of(SECRET) as (disk, running):
+        assert await seen(running, sealed) == SECRET
+        assert not found_on_disk()
+        disk.view[:SPAN] = NEW
+        assert await seen(running, sealed) == SECRET
+
+
+async def test_a_key_that_is_wrong_or_missing_is_refused_and_costs_nothing() -> None:
+    async with disk_of(OLD) as (disk, running):
+        assert await seen(running, tiered(key=KEY)) == OLD
+        with pytest.raises(WrongKey, match="the key does not open it"):
+            await seen(running, tiered(key=b"another"))
+        with pytest.raises(WrongKey, match="is sealed, and there is no key"):
+            await seen(running, tiered())
+        disk.view[:SPAN] = NEW
+        assert await seen(running, tiered(key=KEY)) == OLD
+
+
+async def test_a_tier_that_was_not_sealed_is_removed_first() -> None:
+    config = tiered()
+    assert config.tier is not None
+    plain = msgspec.structs.replace(config, tier=msgspec.structs.replace(config.tier, level=0))
+    async with disk_of(SECRET) as (_, running):
+        assert await seen(running, plain) == SECRET
+        assert found_on_disk()
+        assert await seen(running, tiered(key=KEY)) == SECRET
+        assert not found_on_disk()
+
+
+def rekeyed() -> int:
+    folders = list(Path(os.environ["TIERS"]).iterdir())
+    return len(change_keys(folders, KEY, b"another", kinds=SEALABLE))
+
+
+async def test_another_key_without_rewriting_the_tier() -> None:
+    async with disk_of(OLD) as (disk, running):
+        assert await seen(running, tiered(key=KEY)) == OLD
+        assert await trio.to_thread.run_sync(rekeyed) == 1
+        with pytest.raises(WrongKey):
+            await seen(running, tiered(key=KEY))
+        disk.view[:SPAN] = NEW
+        assert await seen(running, tiered(key=b"another")) == OLD
+
+
+async def test_a_log_and_a_tier_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody takes the other's files for its own."""
+    config = tiered(mode=CacheMode.LOG, key=KEY)
+    assert config.cache.log_dir is not None
+    monkeypatch.setenv("TIERS", config.cache.log_dir)
+    config = tiered(mode=CacheMode.LOG, key=KEY)
+    async with disk_of(OLD) as (disk, running):
+        with trio.CancelScope() as killed:
+            async with open_stack(parse(running.url(1)), config, "/mnt") as stack:
+                assert await image(stack) == OLD
+                await kept(stack.units[0])
+                write_log = stack.units[0].log
+                assert write_log is not None
+                write_log.destager._age_s = 600
+                await stack.files["lun1"].write(0, NEW[:4096])
+                await write_log.store.commit()
+                killed.cancel()
+                await trio.lowlevel.checkpoint()
+        assert await seen(running, config) == NEW[:4096] + OLD[4096:]
+        assert bytes(disk.view[:SPAN]) == NEW[:4096] + OLD[4096:]
+        disk.view[:SPAN] = NEW
+        assert await seen(running, config) == NEW[:4096] + OLD[4096:]
