@@ -1,7 +1,10 @@
 """The tier over a device in memory: what it keeps, for how long, and what it costs."""
 
+import errno
+import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import trio
 from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
-from orion_iscsifs.tier import index, journal
+from orion_iscsifs.tier import journal
 from orion_iscsifs.tier.batch import BatchWriter, Job
 from orion_iscsifs.tier.reading import Piece
 from orion_iscsifs.tier.tier import CompressedTier, Level
@@ -265,7 +268,11 @@ async def test_a_cancelled_write_leaves_nothing_old(memory_path: Path) -> None:
 
 
 def disk_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    total = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # a thread removes segments
+            total += path.stat().st_size
+    return total
 
 
 async def test_the_size_is_never_exceeded(memory_path: Path) -> None:
@@ -400,10 +407,24 @@ async def test_the_last_page_may_be_a_part(memory_path: Path) -> None:
 # -- speed -----------------------------------------------------------------------------------------
 
 
+def can_read_without_waiting(path: Path) -> bool:
+    path.write_bytes(bytes(4096))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.preadv(descriptor, [bytearray(4096)], 0, os.RWF_NOWAIT)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(descriptor)
+    return True
+
+
 async def test_a_hit_in_the_page_cache_needs_no_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = device()
+    if not can_read_without_waiting(tmp_path / "probe"):
+        pytest.skip("the file system here has no RWF_NOWAIT")
     async with tiered(tmp_path / "tier", memory, size=LARGE) as tier:
         await read(tier, 0, FRAME)
         await settle(tier)
@@ -421,7 +442,7 @@ async def test_a_hit_in_the_page_cache_needs_no_thread(
             scope.cancel()  # a checkpoint would raise
             assert await same(tier, memory, 0, FRAME)
         monkeypatch.undo()
-        assert row.flags & index.VISITED or asked(memory) == []
+        assert asked(memory) == []
 
 
 # -- sealed ----------------------------------------------------------------------------------------
