@@ -484,6 +484,22 @@ async def same_after_a_mount(folder: Path, memory: MemoryDevice) -> bool:
         return await same(tier, memory, 0, 2 * MIB) and not tier.statistics.bad_records
 
 
+async def test_a_number_that_comes_again_has_its_own_key(memory_path: Path) -> None:
+    """Of a segment made ahead, when the process was killed before anything got into it."""
+    memory, folder, killed = device(), memory_path / "tier", memory_path / "killed"
+    async with tiered(folder, memory, sealed=True) as tier:
+        await fill(tier, 0, MIB)
+        with trio.fail_after(30):
+            while tier.store.needs_segment:
+                await trio.sleep(0.01)
+        shutil.copytree(folder, killed)
+        ahead = tier.store.superblock.newest
+    async with tiered(killed, memory, sealed=True) as tier:
+        await fill(tier, MIB, 2 * MIB)
+        assert ahead in tier.store.numbers
+    assert await same_after_a_mount(killed, memory)
+
+
 async def test_mounts_that_add_nothing_cost_no_segment(memory_path: Path) -> None:
     memory, folder = device(), memory_path / "tier"
     async with tiered(folder, memory, sealed=True) as tier:
