@@ -16,6 +16,7 @@ from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import journal
 from orion_iscsifs.tier.batch import BatchWriter, Job
 from orion_iscsifs.tier.reading import Piece
+from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.tier import CompressedTier, Level
 from tests.tier.tiers import KIB, MIB, Size, opened, read, settle, tiered
 
@@ -287,6 +288,9 @@ async def test_the_size_is_never_exceeded(memory_path: Path) -> None:
         assert tier.statistics.evicted_segments > 3
         assert most <= tier.store.size_bytes
         assert tier.store.used_bytes <= tier.store.size_bytes
+    looked_at = TierStore.open(folder, shared=True)
+    assert looked_at.used_bytes == disk_bytes(folder)
+    looked_at.close()
     assert disk_bytes(folder) <= tier.store.size_bytes
 
 
