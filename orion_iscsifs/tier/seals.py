@@ -29,6 +29,8 @@ class SegmentSeals:
 
     def note(self, number: int, salt: bytes) -> None:
         """The header of this segment has this salt."""
+        # One that was made ahead and never used may have had this number before.
+        self.forget(number)
         if self._key is not None:
             self._salts[number] = salt
 

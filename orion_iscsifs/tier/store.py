@@ -93,6 +93,7 @@ class TierStore:
         self._prepared: Current | None = None
         self._filled: list[Current] = []
         """Full, and not synced yet."""
+        self._is_resumed = False
         self._lock = lock
         self._mutex = threading.Lock()
         self._counter = counter
@@ -204,6 +205,7 @@ class TierStore:
                 self.files.remove(number)
 
     def _take(self, found: Loaded, *, is_durable: bool) -> None:
+        self._is_resumed = True
         self.index = found.index
         self.numbers = deque(found.numbers)
         self.is_durable = set(found.numbers) if is_durable else set()
@@ -227,7 +229,9 @@ class TierStore:
     def used_bytes(self) -> int:
         """Of its files: the superblocks, and what the segments hold."""
         used = 2 * journal.PAGE_BYTES
-        used += len(self.numbers) * self.superblock.segment_bytes
+        # Not resumed: whoever only looks at it.
+        count = len(self.numbers if self._is_resumed else self.files.numbers())
+        used += count * self.superblock.segment_bytes
         if self.current is not None:
             used += self.current.position - self.superblock.segment_bytes
         return used
