@@ -34,7 +34,8 @@ from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_
 from orion_iscsifs.stack.exclusive import Exclusive
 from orion_iscsifs.stack.exclusive import look as look_at_reservation
 from orion_iscsifs.tier.checking import boot_id
-from orion_iscsifs.tier.store import TierStore, new_tier_superblock
+from orion_iscsifs.tier.fresh import new_tier_superblock
+from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 

@@ -29,7 +29,8 @@ from orion_iscsifs.testing import tiers
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import frames, record
-from orion_iscsifs.tier.store import TierStore, new_tier_superblock
+from orion_iscsifs.tier.fresh import new_tier_superblock
+from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 
 MIB: Final = 1 << 20
