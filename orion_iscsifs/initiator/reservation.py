@@ -145,6 +145,8 @@ class Reservation:
         if not self.leave():
             return
         try:
+            if not self._living:
+                await self._end_reservation()
             await self._unregister()
         except OrionError as error:
             log.warning("LUN %d: the reservation is left behind: %s", self._number, error)
@@ -356,6 +358,14 @@ class Reservation:
             advice="stop it there, mount with -o ro, or take the LUN over with -o preempt",
         )
 
+    async def _end_reservation(self) -> None:
+        """While we may: it should end with the last registration, but istgt keeps it, for nobody,
+        if it was made in an earlier session. What fails here may still end that way."""
+        try:
+            await self._out(self._unit, OutAction.RELEASE, OutParameters(key=self.key))
+        except (NotSupported, ScsiError, ReservationConflict) as error:
+            log.info("%s", error)
+
     async def _unregister(self, unit: LogicalUnit | None = None) -> None:
         parameters = OutParameters(key=self.key)
         await self._out(unit or self._unit, OutAction.REGISTER, parameters)
@@ -409,7 +419,9 @@ class Reservation:
 
 
 _LISTS: Final = frozenset({InAction.READ_KEYS, InAction.READ_FULL_STATUS})
-_TYPED: Final = frozenset({OutAction.RESERVE, OutAction.PREEMPT, OutAction.PREEMPT_AND_ABORT})
+_TYPED: Final = frozenset(
+    {OutAction.RESERVE, OutAction.RELEASE, OutAction.PREEMPT, OutAction.PREEMPT_AND_ABORT}
+)
 
 
 def _means_unsupported(error: DeviceError) -> bool:

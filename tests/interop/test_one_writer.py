@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.conftest import TgtDisk
+from tests.interop.conftest import Disk, TgtDisk
 from tests.interop.product import Product, abandon, alive
+from tests.interop.test_inspect import inspected
 
 pytestmark = [pytest.mark.fuse, pytest.mark.interop("tgtd", "tgtadm")]
 
@@ -21,11 +22,10 @@ def reservation(product: Product, mountpoint: Path) -> object:
     return lun["reservation"]
 
 
-def test_after_a_crash_the_same_host_goes_on_with_its_key(
-    product: Product, tgt_disk: TgtDisk
-) -> None:
+def test_after_a_crash_the_same_host_goes_on_with_its_key(product: Product, disk: Disk) -> None:
+    """And the reservation ends with that mount, although another session has made it."""
     mountpoint = product.new_mountpoint()
-    product.mount(tgt_disk.url, mountpoint)
+    product.mount(disk.url, mountpoint)
     before = reservation(product, mountpoint)
     assert "'state': 'held'" in str(before)
     pid = product.pid(mountpoint)
@@ -35,8 +35,10 @@ def test_after_a_crash_the_same_host_goes_on_with_its_key(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     abandon(mountpoint)
-    with product.mounted(tgt_disk.url) as again:
+    with product.mounted(disk.url) as again:
         assert reservation(product, again) == before
+    (lun,) = inspected(product, disk.url)["luns"]
+    assert lun["reservations"]["holder"] is None
 
 
 def test_mounting_again_right_after_unmounting(product: Product, tgt_disk: TgtDisk) -> None:
