@@ -93,7 +93,10 @@ async def check(
 
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "fast"])
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed",
+    [*range(36), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(36, 60))],
+)
 async def test_what_was_promised_is_there(
     memory_path: Path,
     seed: int,
