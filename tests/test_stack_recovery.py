@@ -87,7 +87,7 @@ async def test_faults_never_change_what_is_read(seed: int, connections: int, lev
     """As in test_stack, with everything that RFC 7143 §7 knows how to recover from."""
     config = mount(
         CacheMode.NONE,
-        command_timeout_s=0.5,
+        command_timeout_s=0.8,
         replacement_timeout_s=60,
         noop_interval_s=0.5,
         connections=connections,

@@ -1,11 +1,11 @@
-"""`orion-iscsifs cache`: the persistent logs on the local disk, mounted or not.
+"""`orion-iscsifs cache`: the persistent logs and the tiers on the local disk, mounted or not.
 
-DIR is a `log_dir`, or the folder of one log in it. docs/operations.md describes the JSON documents.
+DIR is a `log_dir` or `tier_dir`, or the folder of one log or tier in it. docs/operations.md
+describes the JSON documents.
 """
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +14,34 @@ import click
 from orion_iscsifs import url
 from orion_iscsifs.cli.mount import hide_arguments, settings
 from orion_iscsifs.cli.report import say, size, warn
-from orion_iscsifs.errors import BusyError, OrionError, UsageError
+from orion_iscsifs.cli.stores import examine_all, folders, is_tier
+from orion_iscsifs.errors import BusyError, UsageError
 
 if TYPE_CHECKING:
     from orion_iscsifs.config import MountConfig
-    from orion_iscsifs.localstore.superblock import Superblock
 
 
 @click.group()
 def cache() -> None:
-    """The persistent logs of `cache=log`: what is in them, and how to get it out."""
+    """What is kept on the local disk: the logs of `cache=log`, and the tiers of `tier_dir=`."""
 
 
 @cache.command("list")
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
-def list_logs(folder: str, as_json: bool) -> None:
-    """List the logs in DIR, whose they are, and what is in them."""
-    logs = [_examine(path) for path in _folders(folder)]
+def list_stores(folder: str, as_json: bool) -> None:
+    """List the logs and tiers in DIR, whose they are, and what is in them."""
+    logs, tiers = examine_all(folder)
     if as_json:
-        click.echo(json.dumps({"version": 1, "logs": logs}, indent=2))
+        click.echo(json.dumps({"version": 1, "logs": logs, "tiers": tiers}, indent=2))
         return
+    if logs or not tiers:
+        _show_logs(logs)
+    if tiers:
+        _show_tiers(tiers)
+
+
+def _show_logs(logs: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     from orion_iscsifs.cli.tables import console
@@ -55,25 +62,65 @@ def list_logs(folder: str, as_json: bool) -> None:
     console().print(table)
 
 
+def _show_tiers(tiers: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from orion_iscsifs.cli.tables import console
+
+    table = Table(box=None)
+    for title in ("TIER", "LUN", "TARGET", "SIZE", "USED", "STATE", "SEALED"):
+        table.add_column(title)
+    for tier in tiers:
+        table.add_row(
+            Path(tier["folder"]).name,
+            tier["lun"] or "",
+            tier["target"] or "",
+            size(tier["size_bytes"]),
+            size(tier["used_bytes"]),
+            tier["state"],
+            "yes" if tier["sealed"] else "no",
+        )
+    console().print(table)
+
+
 @cache.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 def check(folder: str, as_json: bool) -> int:
-    """Read every record of the logs in DIR; the exit code is 1 if one is damaged.
+    """Read every record of the logs and tiers in DIR; the exit code is 1 if one is damaged.
 
     No key is needed: the checksums are of what is stored.
     """
-    logs = [_examine(path) for path in _folders(folder)]
+    logs, tiers = examine_all(folder, thoroughly=True)
     if as_json:
-        click.echo(json.dumps({"version": 1, "logs": logs}, indent=2))
-    for log in [] if as_json else logs:
+        click.echo(json.dumps({"version": 1, "logs": logs, "tiers": tiers}, indent=2))
+    else:
+        _tell_of_logs(logs)
+        _tell_of_tiers(tiers)
+    return 1 if any(one["state"] == "damaged" for one in logs + tiers) else 0
+
+
+def _tell_of_logs(logs: list[dict[str, Any]]) -> None:
+    for log in logs:
         sealed = ", sealed" if log["sealed"] else ""
         told = log["damage"] or (
             f"{log['state']}{sealed}; {log['records']} records,"
             f" {log['pending_bytes']} bytes are not on the target"
         )
         click.echo(f"{log['folder']}: {told}")
-    return 1 if any(log["state"] == "damaged" for log in logs) else 0
+
+
+def _tell_of_tiers(tiers: list[dict[str, Any]]) -> None:
+    for tier in tiers:
+        sealed = ", sealed" if tier["sealed"] else ""
+        told = f"{tier['state']}{sealed}"
+        if tier["records"] is not None:
+            told += f"; {tier['records']} records of {tier['frames']} frames"
+        if tier["bad_records"]:
+            told += f", {tier['bad_records']} are damaged and will be read from the target"
+        if tier["damage"]:
+            told += f"; the next mount does not use all of it: {tier['damage']}"
+        click.echo(f"{tier['folder']}: {told}")
 
 
 @cache.command()
@@ -127,22 +174,25 @@ def _replay(source: url.Source, config: "MountConfig") -> list[dict[str, Any]]:
 @click.argument("folder", metavar="DIR")
 @click.option("--force", is_flag=True, help="although it holds data that the target lacks")
 def drop(folder: str, force: bool) -> None:
-    """Remove the logs in DIR."""
+    """Remove the logs and tiers in DIR. A tier holds nothing that the target lacks."""
     from orion_iscsifs.localstore.files import LogError
-    from orion_iscsifs.localstore.files import drop as remove
+    from orion_iscsifs.localstore.files import drop as drop_log
+    from orion_iscsifs.tier.store import drop as drop_tier
 
-    logs = [_examine(path) for path in _folders(folder)]
+    logs, tiers = examine_all(folder)
+    for one in logs + tiers:
+        if one["state"] == "in use":
+            raise BusyError(f"{one['folder']}: in use by a mount", advice="unmount it first")
     for log in logs:
-        if log["state"] == "in use":
-            raise BusyError(f"log {log['folder']}: in use by a mount", advice="unmount it first")
         if not force and log["state"] not in {"clean", "ended"}:
             raise LogError(
                 f"log {log['folder']}: {log['state']}: holds data that the target may lack",
                 advice="`orion-iscsifs cache replay` brings it there, --force gives it up",
             )
-    for log in logs:
-        remove(Path(log["folder"]))
-        say(f"{log['folder']}: removed")
+    for remove, found in ((drop_log, logs), (drop_tier, tiers)):
+        for one in found:
+            remove(Path(one["folder"]))
+            say(f"{one['folder']}: removed")
 
 
 @cache.command()
@@ -151,22 +201,27 @@ def drop(folder: str, force: bool) -> None:
 @click.option("--new-key-file", "new", required=True, metavar="FILE", help="the new one; -: stdin")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 def rekey(folder: str, old: str, new: str, as_json: bool) -> None:
-    """Give the sealed logs in DIR another key. The data is not rewritten."""
+    """Give the sealed logs and tiers in DIR another key. The data is not rewritten."""
     from orion_iscsifs.localstore.files import LogError
     from orion_iscsifs.localstore.rekey import change_keys
+    from orion_iscsifs.tier.superblock import SEALABLE
 
     if old == new == "-":
         raise UsageError("cache rekey: both keys from stdin", advice="name a file for one of them")
     keys = _key("--key-file", old), _key("--new-key-file", new)
-    folders = _folders(folder)
-    changed = change_keys(folders, *keys)
+    found = folders(folder)
+    changed = change_keys(found, *keys, kinds=SEALABLE)
     if not changed:
-        raise LogError(f"cache rekey: {folder}: no log in it is sealed")
+        raise LogError(f"cache rekey: {folder}: nothing in it is sealed")
     if as_json:
-        logs = [{"folder": str(one), "rekeyed": one in changed} for one in folders]
-        click.echo(json.dumps({"version": 1, "logs": logs}, indent=2))
+        document: dict[str, Any] = {"version": 1, "logs": [], "tiers": []}
+        for one in found:
+            document["tiers" if is_tier(one) else "logs"].append(
+                {"folder": str(one), "rekeyed": one in changed}
+            )
+        click.echo(json.dumps(document, indent=2))
         return
-    for one in folders:
+    for one in found:
         say(f"{one}: {'has the new key' if one in changed else 'is not sealed'}")
 
 
@@ -175,73 +230,3 @@ def _key(option: str, file: str) -> bytes:
     from orion_iscsifs.config.secrets import without_newline
 
     return without_newline(f"{option} {file}", read_key(option, file)).reveal()
-
-
-def _folders(folder: str) -> list[Path]:
-    """The folder itself if it is a log, or else those in it that are."""
-    from orion_iscsifs.localstore.superblock import NAMES
-
-    path = Path(folder).expanduser().absolute()
-    if not path.is_dir():
-        raise UsageError(f"cache: {path}: no such folder", advice="name a log_dir, or a log in it")
-
-    def is_log(one: Path) -> bool:
-        return any((one / name).exists() for name in NAMES)
-
-    try:
-        found = [path] if is_log(path) else sorted(one for one in path.iterdir() if is_log(one))
-    except OSError as error:
-        raise UsageError(f"cache: {path}: {error.strerror}") from None
-    return found
-
-
-def _examine(folder: Path) -> dict[str, Any]:
-    """What is in one log. It is not changed; that of a running mount changes meanwhile."""
-    from orion_iscsifs.cache.writelog import recover
-    from orion_iscsifs.localstore.files import is_in_use
-    from orion_iscsifs.localstore.store import LogStore
-
-    told: dict[str, Any] = {"folder": str(folder), "lun": None, "target": None, "size_bytes": 0}
-    told |= {"state": "damaged", "pending_bytes": None, "records": None, "damage": None}
-    told |= {"sealed": None}
-    in_use = is_in_use(folder)
-    try:
-        store = LogStore.open(folder, shared=True)
-    except OrionError as error:
-        return told | {"damage": str(error)}
-    try:
-        told |= _identity(store.superblock)
-        if store.superblock.ended:
-            return told | {"state": "ended", "pending_bytes": 0, "damage": None}
-        epochs, scan = recover(store, time.monotonic())
-        told |= {
-            "pending_bytes": 0 if store.superblock.clean else epochs.live.covered_bytes,
-            "records": scan.next_seq - scan.needed,
-            "flushes": scan.last_epoch,
-            "incomplete_end": scan.torn_bytes > 0,
-        }
-        if in_use:
-            return told | {"state": "in use"}
-        if store.superblock.clean:
-            return told | {"state": "clean"}
-        return (
-            told
-            | {"state": "damaged" if scan.damage else "to be replayed"}
-            | ({"damage": scan.damage or None})
-        )
-    except OrionError as error:
-        return told | {"damage": str(error)}
-    finally:
-        store.close()
-
-
-def _identity(block: "Superblock") -> dict[str, Any]:
-    return {
-        "lun": block.lun,
-        "target": block.target,
-        "size_bytes": block.segments * block.segment_bytes,
-        "lun_bytes": block.size_bytes,
-        "created": block.created,
-        "sealed": block.sealing is not None,
-        "reservation_key": f"{block.key:#018x}" if block.key else None,
-    }

@@ -87,7 +87,9 @@ def open_image(path: str, *, writable: bool) -> Iterator[Image]:
     """Locked against other users of this kind; raises UsageError or BusyError."""
     flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
     try:
-        is_device = stat.S_ISBLK(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
+        _check_kind(path, mode)  # before it is opened: a pipe would wait for its other end
+        is_device = stat.S_ISBLK(mode)
         # The kernel refuses an exclusive opening of a device that is mounted or in a RAID.
         descriptor = os.open(path, flags | (os.O_EXCL if is_device and writable else 0))
     except OSError as error:
@@ -101,8 +103,7 @@ def open_image(path: str, *, writable: bool) -> Iterator[Image]:
 
 def _opened(descriptor: int, path: str, *, writable: bool) -> Image:
     status = os.fstat(descriptor)
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-        raise UsageError(f"{path}: neither a file nor a block device")
+    _check_kind(path, status.st_mode)
     try:
         kind = fcntl.LOCK_EX if writable else fcntl.LOCK_SH
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -114,6 +115,11 @@ def _opened(descriptor: int, path: str, *, writable: bool) -> Image:
         size_bytes=size // 512 * 512, physical_block_bytes=physical, read_only=not writable
     )
     return Image(descriptor, path, geometry)
+
+
+def _check_kind(path: str, mode: int) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise UsageError(f"{path}: neither a file nor a block device")
 
 
 def _physical_block_bytes(status: os.stat_result) -> int:

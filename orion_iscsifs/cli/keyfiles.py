@@ -15,7 +15,8 @@ def read_key(option: str, file: str) -> bytes:
         for warning in warnings:
             warn(warning)
         return content.reveal()
-    found = sys.stdin.buffer.read(KEY_FILE_BYTES_MAX + 1)
+    # None: it was closed before the program began.
+    found = b"" if sys.stdin is None else sys.stdin.buffer.read(KEY_FILE_BYTES_MAX + 1)
     if not 0 < len(found) <= KEY_FILE_BYTES_MAX:
         raise UsageError(f"{option} -: stdin has to hold 1 to {KEY_FILE_BYTES_MAX} bytes")
     return found

@@ -210,7 +210,7 @@ def dump(target: str, options: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"version": 1, "target": _shown(target), "luks": document}, indent=2))
         return
     for name in ("version", "uuid", "label", "cipher", "key_bits", "sector_bytes"):
-        click.echo(f"{name.replace('_', ' ')}: {document[name]}")
+        click.echo(f"{name.replace('_', ' ')}: {_printable(str(document[name]))}")
     length = document["payload_size_bytes"]
     click.echo(
         f"payload: from {document['payload_offset_bytes']},"
@@ -246,6 +246,11 @@ def _document(header: "Header") -> dict[str, Any]:
     }
 
 
+def _printable(text: str) -> str:
+    """What a header says, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def _slot(slot: "Slot") -> dict[str, Any]:
     return {
         "number": slot.number,
@@ -270,7 +275,8 @@ def _kdf(kdf: "Kdf") -> dict[str, Any]:
 
 def _costs(words: dict[str, object], default: "PbkdfName") -> "Costs":
     """Of `_cost_options`, whose types click has seen to."""
-    from orion_iscsifs.crypt.keys import Costs
+    from orion_iscsifs.crypt.kdf import ITERATIONS_MIN
+    from orion_iscsifs.crypt.keys import PASSES_MIN, Costs
 
     costs = Costs(
         pbkdf=cast("PbkdfName", words["pbkdf"] or default),
@@ -282,6 +288,9 @@ def _costs(words: dict[str, object], default: "PbkdfName") -> "Costs":
     )
     if costs.pbkdf == "pbkdf2" and (costs.memory_kib or costs.lanes):
         raise UsageError("luks: --pbkdf-memory and --pbkdf-parallel are Argon2's")
+    least = ITERATIONS_MIN if costs.pbkdf == "pbkdf2" else PASSES_MIN
+    if costs.iterations is not None and costs.iterations < least:
+        raise UsageError(f"luks: --pbkdf-force-iterations: {costs.pbkdf} takes {least} at least")
     return costs
 
 
@@ -354,6 +363,7 @@ async def _lun(
         return msgspec.structs.replace(
             config,
             luks=None,
+            tier=None,
             cache=msgspec.structs.replace(config.cache, mode=mode),
             fuse=msgspec.structs.replace(config.fuse, read_only=read_only),
         )

@@ -1,7 +1,8 @@
 """Reading and writing LUKS headers on a device.
 
 The device takes any offset and length here (an `AlignedDevice`). A LUKS2 header is written one copy
-after the other, each made durable before the next is begun: whatever happens, one of them is whole.
+after the other, each made durable before the next is begun, and the copy that counted until then
+comes last: whatever happens, the newest that was ever durable is whole, or a newer one is.
 """
 
 import os
@@ -101,7 +102,7 @@ async def store(device: BlockDevice, header: Header) -> None:
     if isinstance(header, Luks1):
         await write(device, 0, header.encode())
         return
-    for second in (True, False):
+    for second in (False, True) if header.is_second else (True, False):
         blob = header.encode(second=second, salt=os.urandom(_SALT_BYTES))
         await write(device, header.size_bytes if second else 0, blob)
 

@@ -50,6 +50,8 @@ class Luks2:
     """The JSON, without the zeroes behind it."""
     damage: str = ""
     """Why only one of the two copies can be used; empty: both can."""
+    is_second: bool = False
+    """It is the second copy, and the first is damaged or older: that one is to be written first."""
 
     version = 2
 
@@ -212,7 +214,8 @@ def choose(first: Luks2 | LuksError | None, second: Luks2 | LuksError | None) ->
         if isinstance(other, Luks2)
         else "is damaged"
     )
-    return replace(best, damage=f"the {which} copy of the header {why_not}")
+    damage = f"the {which} copy of the header {why_not}"
+    return replace(best, damage=damage, is_second=best is second)
 
 
 _CHECKSUMS: Final[dict[str, Callable[[Buffer], Any]]] = {

@@ -80,10 +80,18 @@ async def _empty_header(device: BlockDevice, how: Format, key: bytes) -> Header:
         return luks1.new(
             uuid=name, hash_name=how.costs.hash, key_bytes=how.key_bytes, digest=digest
         )
+    sector = how.sector_bytes or sector_default(device)
+    size = device.geometry.size_bytes
+    if size % sector:
+        # It would open here, without the rest at its end, but not with dm-crypt.
+        raise UsageError(
+            f"luks format: the {size} bytes of the device are not whole sectors of {sector}",
+            advice="--sector-size 512",
+        )
     digest = await _digest(kdf, key, 32)
     return luks2.new(
         uuid=name,
-        sector_bytes=how.sector_bytes or sector_default(device),
+        sector_bytes=sector,
         digest=digest,
         label=how.label,
     )

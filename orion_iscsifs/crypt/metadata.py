@@ -16,9 +16,13 @@ from orion_iscsifs.crypt.volume import ENCRYPTION, OFFSET_BYTES_MAX, Payload, Sl
 
 T = TypeVar("T")
 SLOTS_MAX: Final = 32
+AREAS_BYTES_MAX: Final = 128 << 20
+"""For the material of all key slots: cryptsetup's limit, too."""
+_AREA_ALIGN_BYTES: Final = 4096
 
 _Number = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,19}$")]
-_Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,4}$")]
+# One way to write each number: "01" would be the slot 1, and not the one that is removed as "1".
+_Id = Annotated[str, msgspec.Meta(pattern=r"\A(0|[1-9][0-9]{0,3})\Z")]
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
@@ -128,12 +132,15 @@ def volume(text: bytes, uuid: str, header_bytes: int) -> Volume:
             advice="an encryption under way has to be finished with `cryptsetup reencrypt` first",
         )
     number, payload = _payload(known)
-    areas_end = 2 * header_bytes + _whole(known.config.keyslots_size)
+    areas = _whole(known.config.keyslots_size)
+    areas_end = 2 * header_bytes + areas
     if payload.offset_bytes < areas_end:
         raise LuksError(
             f"LUKS2: the payload at {payload.offset_bytes} lies in the key slots (up to"
             f" {areas_end}), or its header was detached"
         )
+    if areas > AREAS_BYTES_MAX:
+        raise LuksError(f"LUKS2: {areas} bytes of key slots: at most {AREAS_BYTES_MAX}")
     digest = next((one for one in known.digests.values() if number in one.segments), None)
     if digest is None:
         raise LuksError("LUKS2: no digest belongs to the payload")
@@ -162,7 +169,7 @@ def free_room(text: bytes, header_bytes: int, length: int) -> int:
     for start, stop in sorted(_areas(known)):
         if at + length <= start:
             break
-        at = max(at, stop)
+        at = max(at, -(-stop // _AREA_ALIGN_BYTES) * _AREA_ALIGN_BYTES)
     if at + length > end:
         raise LuksError("LUKS2: no room for one more key slot", advice="remove a key first")
     return at

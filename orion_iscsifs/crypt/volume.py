@@ -118,7 +118,9 @@ class Volume:
         """The slots as they are to be tried with a passphrase. Raises LuksError: too costly."""
         tried = [slot for slot in self.slots if slot.priority > 0]
         tried.sort(key=lambda slot: (-slot.priority, slot.number))
-        if sum(slot.kdf.work(slot.area_key_bytes) for slot in tried) > WORK_MAX:
+        # Whether a slot has opened is asked of the digest each time.
+        judging = len(tried) * self.digest.kdf.work(len(self.digest.digest))
+        if judging + sum(slot.kdf.work(slot.area_key_bytes) for slot in tried) > WORK_MAX:
             raise LuksError(
                 "LUKS: the key slots ask for more work than a passphrase is worth",
                 advice="the header is damaged, or made to keep this host busy",

@@ -37,6 +37,20 @@ class SectorCipher:
             self._cipher.encryptor()
         except ValueError:
             raise LuksError("LUKS: the two halves of a key are the same") from None
+        self._check_tweak(bytes(key))
+
+    def _check_tweak(self, key: bytes) -> None:
+        """Raises LuksError if a cipher object does not read its tweak anew any more.
+
+        It is no promise of the library's, and all sectors would silently have the same number.
+        """
+        _NUMBER.pack_into(self._tweak, 0, 1)
+        apart = Cipher(algorithms.AES(key), modes.XTS(bytes(self._tweak)))
+        if self._cipher.encryptor().update(bytes(16)) != apart.encryptor().update(bytes(16)):
+            raise LuksError(
+                "LUKS: this version of the Python package cryptography can't be used",
+                advice="install the version that this program was tested with",
+            )
 
     def encrypt(self, first: int, source: Buffer) -> bytes:
         """`source` is whole sectors; `first` counts from the tweak's zero in IV_UNIT_BYTES."""

@@ -37,7 +37,7 @@ def change_keys(
             try:
                 locks.callback(os.close, files.lock(folder))
             except OSError as error:
-                raise LogError(f"log {folder}: can't be locked: {error.strerror}") from None
+                raise LogError(f"{folder}: can't be locked: {error.strerror}") from None
         planned = [(one, _plan(one, old, new, kinds)) for one in folders]
         changed = [(folder, write) for folder, write in planned if write is not None]
         for folder, write in changed:
@@ -45,9 +45,9 @@ def change_keys(
                 write()
             except OSError as error:
                 raise LogError(
-                    f"log {folder}: its superblock can't be written: {error.strerror}",
+                    f"{folder}: its superblock can't be written: {error.strerror}",
                     advice="run it again when the disk is well; until then either key may be"
-                    " the right one, and logs named before this one have the new key",
+                    " the right one, and those named before this one have the new key",
                 ) from None
     return [folder for folder, _ in changed]
 
@@ -58,16 +58,16 @@ def _plan(folder: Path, old: bytes, new: bytes, kinds: Sequence[Kind]) -> Callab
         pages = files.superblock_pages(folder)
         counter, block, incompat, magic = _newest(pages, kinds)
     except OSError as error:
-        raise LogError(f"log {folder}: can't be read: {error.strerror}") from None
+        raise LogError(f"{folder}: can't be read: {error.strerror}") from None
     except ForeignFormat as error:
-        raise LogError(f"log {folder}: {error}", advice=error.advice) from None
+        raise LogError(f"{folder}: {error}", advice=error.advice) from None
     if block.sealing is None:
         return None
     try:
         sealing = rewrap(block.sealing, old, new, block.store)
     except WrongKey as error:
         raise WrongKey(
-            f"log {folder}: {error}", advice="nothing was changed, in no log; give its present key"
+            f"{folder}: {error}", advice="nothing was changed anywhere; give its present key"
         ) from None
     changed = msgspec.structs.replace(block, sealing=sealing)
 

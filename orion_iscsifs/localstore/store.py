@@ -63,6 +63,7 @@ log = logging.getLogger(__name__)
 
 _PAGE_MASK: Final = 4095
 _PAD: Final = bytes(4096)
+_REASON_MAX: Final = 200
 _PACKED_IN_THREAD_BYTES: Final = 64 << 10
 """To hand less to a thread takes longer than to compress it."""
 
@@ -443,6 +444,7 @@ class LogStore:
         Raises LogError if that can't be made sure of.
         """
         problems = []
+        why = why[-_REASON_MAX:]  # a page has to hold it
         attempts: list[Callable[[], None]] = [
             lambda: self._head.update({"ended": why, "clean": True}),
             lambda: files.remove_files(self.folder),

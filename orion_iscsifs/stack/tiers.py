@@ -33,7 +33,9 @@ from orion_iscsifs.localstore.superblock import NAMES
 from orion_iscsifs.stack.evidence import Evidence, Keeper, Owner, evidence, lun_folder
 from orion_iscsifs.stack.exclusive import Exclusive
 from orion_iscsifs.stack.exclusive import look as look_at_reservation
-from orion_iscsifs.tier.store import TierStore, new_tier_superblock
+from orion_iscsifs.tier.checking import boot_id
+from orion_iscsifs.tier.fresh import new_tier_superblock
+from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 
@@ -41,7 +43,6 @@ log = logging.getLogger(__name__)
 
 _SUFFIX: Final = ".tier"
 """Of the folder: a log may be in the same one."""
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 async def look(disk: LunDevice, config: MountConfig) -> Seal | None:
@@ -172,13 +173,9 @@ def _wanted(
         size_bytes=geometry.size_bytes,
         block_bytes=geometry.logical_block_bytes,
         tier_bytes=config.size_bytes,
-        boot_id=_boot_id(),
+        boot_id=boot_id(),
         target=f"{disk.session.nexus.target_name} LUN {disk.number}",
     )
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text().strip()
 
 
 @dataclass(frozen=True, slots=True)

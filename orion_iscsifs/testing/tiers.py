@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orion_iscsifs.tier import journal, record
+from orion_iscsifs.tier.fresh import new_tier_superblock
 from orion_iscsifs.tier.journal import Entry, Kind, Scribe
 from orion_iscsifs.tier.seals import NO_SALT
 from orion_iscsifs.tier.segments import SegmentFiles
-from orion_iscsifs.tier.store import TierStore, new_tier_superblock
+from orion_iscsifs.tier.store import TierStore
 
 BOOT = "this boot"
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 BATCH_FRAMES: Final = 32
 LINGER_S: Final = 0.05
-"""A batch waits so long for more to come: pages of one frame often arrive one by one."""
+"""A batch that is not full waits so long for more: pages of one frame often arrive one by one."""
 EVICTED_AT_ONCE: Final = 256
 """Rows, before other tasks get their turn."""
 KEPT_SHARE: Final = 4
@@ -96,7 +96,8 @@ class Appender:
                 self._idle.unpark_all()
                 await self._wake.park()
                 continue
-            if not self._hurry and not store.needs_segment:
+            is_short = len(self._staging.queue) < BATCH_FRAMES
+            if is_short and not self._hurry and not store.needs_segment:
                 await trio.sleep(LINGER_S)
             self._is_busy = True
             try:

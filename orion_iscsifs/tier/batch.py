@@ -83,9 +83,7 @@ class BatchWriter:
         began = time.perf_counter()
         parts: list[Buffer] = []
         position = job.position
-        for number, item in enumerate(job.items):
-            item.seq = job.seq + number
-            packed = self._pack(job, item)
+        for item, packed in zip(job.items, self._pack(job), strict=True):
             if packed is None:
                 continue
             codec, content = packed
@@ -100,19 +98,33 @@ class BatchWriter:
                 raise OSError(28, os.strerror(28))
         job.write_s = time.perf_counter() - written
 
-    def _pack(self, job: Job, item: Item) -> tuple[int, Buffer] | None:
-        """Codec and content of the record; None: there is none. Sets `valid` and `raw`."""
-        if item.buffer is None:
-            return self._again(item)
+    def _pack(self, job: Job) -> list[tuple[int, Buffer] | None]:
+        """Codec and content of each record; None: there is none."""
+        packed: list[tuple[int, Buffer] | None] = []
+        to_compress: list[tuple[int, bytes]] = []
+        for number, item in enumerate(job.items):
+            item.seq = job.seq + number
+            if item.buffer is None:
+                packed.append(self._again(item))
+                continue
+            content = self._content(item)
+            packed.append(None if item.is_zero else (record.RAW, content))
+            if item.compress and job.level and not item.is_zero:
+                to_compress.append((number, content))
+        if to_compress:
+            contents = [content for _, content in to_compress]
+            done = frames.compress_all(contents, self._compressor(job.level))
+            for (number, _), result in zip(to_compress, done, strict=True):
+                packed[number] = result
+                job.items[number].saved = result[0] != record.RAW
+        return packed
+
+    def _content(self, item: Item) -> bytes:
+        """Of a record; sets `valid`, and `raw` or `is_zero`."""
         content, item.valid = self._merged(item)
-        if frames.is_zero(content):
-            item.is_zero = True
-            return None
-        item.raw = len(content)
-        compressor = self._compressor(job.level) if item.compress else None
-        codec, packed = frames.compress(content, compressor)
-        item.saved = codec != record.RAW
-        return codec, packed
+        item.is_zero = frames.is_zero(content)
+        item.raw = 0 if item.is_zero else len(content)
+        return content
 
     def _merged(self, item: Item) -> tuple[bytes, int]:
         """The new pages, and what the disk has besides them; with the mask of both."""
@@ -169,9 +181,7 @@ class BatchWriter:
         parts += head, payload, _PAD[: size - len(head) - len(payload)]
         return size
 
-    def _compressor(self, level: int) -> zstandard.ZstdCompressor | None:
-        if not level:
-            return None
+    def _compressor(self, level: int) -> zstandard.ZstdCompressor:
         found = self._compressors.get(level)
         if found is None:
             found = self._compressors[level] = zstandard.ZstdCompressor(level=level)

@@ -3,7 +3,8 @@
 `content` is always the pages of a mask, one after the other in ascending order.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, cast
 
 import zstandard
 
@@ -36,13 +37,63 @@ def is_zero(content: bytes) -> bool:
     return _ZEROES.startswith(content)
 
 
-def compress(content: bytes, compressor: zstandard.ZstdCompressor | None) -> tuple[int, bytes]:
-    """The codec, and what to store. None: not compressed."""
-    if compressor is not None:
-        packed = compressor.compress(content)
-        if len(packed) <= len(content) - len(content) // SAVED_SHARE_MIN:
-            return record.ZSTD, packed
-    return record.RAW, content
+def compress_all(
+    contents: list[bytes], compressor: zstandard.ZstdCompressor
+) -> list[tuple[int, Buffer]]:
+    """For each the codec, and what to store.
+
+    All in one call: the interpreter's lock is given up, and waited for, once.
+    """
+    if not contents:
+        return []
+    sources: list[Buffer] = list(contents)
+    found = compressor.multi_compress_to_buffer(sources)
+    packed: list[Buffer] = [_view(found[at]) for at in range(len(contents))]
+    return [
+        (record.ZSTD, small)
+        if len(small) <= len(content) - len(content) // SAVED_SHARE_MIN
+        else (record.RAW, content)
+        for content, small in zip(contents, packed, strict=True)
+    ]
+
+
+def decompress_all(
+    stored: Sequence[tuple[int, Buffer, int]], decompressor: zstandard.ZstdDecompressor
+) -> list[Buffer | BadRecord]:
+    """As `decompress` for each codec, payload and length, in one call as `compress_all`."""
+    together = [at for at, one in enumerate(stored) if _is_as_long_as_it_says(*one)]
+    done: dict[int, Buffer] = {}
+    if len(together) > 1:
+        try:
+            found = decompressor.multi_decompress_to_buffer([stored[at][1] for at in together])
+        except (zstandard.ZstdError, ValueError):
+            pass  # one of them is damaged: which one shows below
+        else:
+            done = {at: _view(found[number]) for number, at in enumerate(together)}
+    return [done[at] if at in done else _tried(*one, decompressor) for at, one in enumerate(stored)]
+
+
+def _view(segment: object) -> memoryview:
+    # A BufferSegment is a buffer; only its stub does not say so.
+    return memoryview(cast("bytes", segment))
+
+
+def _is_as_long_as_it_says(codec: int, payload: Buffer, raw: int) -> bool:
+    if codec != record.ZSTD:
+        return False
+    try:
+        return int(zstandard.frame_content_size(payload)) == raw
+    except zstandard.ZstdError:
+        return False
+
+
+def _tried(
+    codec: int, payload: Buffer, raw: int, decompressor: zstandard.ZstdDecompressor
+) -> Buffer | BadRecord:
+    try:
+        return decompress(codec, payload, raw, decompressor)
+    except BadRecord as error:
+        return error
 
 
 def decompress(

@@ -95,6 +95,20 @@ class RecordReader:
 
     def read_pieces(self, pieces: list[Piece], span: Range, target: memoryview) -> None:
         """Those that are not done yet. Blocks; raises OSError."""
+        opened = self._open_pieces(pieces, span, target)
+        stored = [(header.codec, payload, header.raw) for _, header, payload in opened]
+        contents = frames.decompress_all(stored, self._decompressor())
+        for (piece, header, _), content in zip(opened, contents, strict=True):
+            if isinstance(content, BadRecord):
+                piece.problem = content
+            else:
+                lay(piece, header.valid, content, span, target)
+
+    def _open_pieces(
+        self, pieces: list[Piece], span: Range, target: memoryview
+    ) -> list[tuple[Piece, Header, Buffer]]:
+        """Their records as they were stored, those of which that can be believed."""
+        found = []
         with contextlib.ExitStack() as stack:
             # Descriptors of its own: those that are kept may be closed at any time.
             files: dict[int, int] = {}
@@ -109,11 +123,10 @@ class RecordReader:
                     if number not in files:
                         files[number] = stack.enter_context(self._opened(number))
                     source = _pread(files[number], piece.row)
-                    header, content = self.check(piece.frame, piece.row, source)
+                    found.append((piece, *self.open(piece.frame, piece.row, source)))
                 except (FileNotFoundError, OrionError) as error:
                     piece.problem = error
-                    continue
-                lay(piece, header.valid, content, span, target)
+        return found
 
     def raw(self, row: Row) -> bytes:
         """The bytes of its record. Blocks; raises OSError, or BadRecord: there are too few."""

@@ -24,11 +24,9 @@ again. `retire` sees to that, in several ways, for the disk may be full, read-on
 
 import logging
 import os
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -458,26 +456,6 @@ class TierStore:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def new_tier_superblock(
-    lun: str, *, size_bytes: int, block_bytes: int, tier_bytes: int, boot_id: str, target: str = ""
-) -> TierSuperblock:
-    """For a new tier of `tier_bytes`. Raises TierError if that is too little."""
-    size, count = journal.layout(tier_bytes)
-    if count < journal.SEGMENTS_MIN:
-        raise trust.too_small(tier_bytes)
-    return TierSuperblock(
-        store=secrets.token_bytes(16),
-        lun=lun,
-        size_bytes=size_bytes,
-        block_bytes=block_bytes,
-        segment_bytes=size,
-        segments=count,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        boot_id=boot_id,
-        target=target,
-    )
 
 
 def drop(folder: Path) -> None:

@@ -29,7 +29,8 @@ from orion_iscsifs.testing import tiers
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import frames, record
-from orion_iscsifs.tier.store import TierStore, new_tier_superblock
+from orion_iscsifs.tier.fresh import new_tier_superblock
+from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 
 MIB: Final = 1 << 20
@@ -176,7 +177,7 @@ def measure_compression(kind: str, level: int) -> tuple[str, str, str, str, str]
     decompressor = zstandard.ZstdDecompressor()
     pieces = [content[at : at + FRAME_BYTES] for at in range(0, len(content), FRAME_BYTES)]
     began = time.process_time()
-    packed = [frames.compress(piece, compressor) for piece in pieces]
+    packed = frames.compress_all(pieces, compressor)
     compressed = time.process_time()
     for codec, payload in packed:
         frames.decompress(codec, payload, FRAME_BYTES, decompressor)

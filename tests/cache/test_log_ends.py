@@ -260,3 +260,11 @@ def test_whoever_writes_the_superblock_later_does_not_bring_a_log_back(tmp_path:
     keeper.update({"generation": 7})
     store.close()
     assert ended(tmp_path / "log") == "it has failed"
+
+
+def test_a_long_reason_for_an_end_fits_the_superblock(tmp_path: Path) -> None:
+    """It names a file, perhaps deep in folders."""
+    store = LogStore.create(tmp_path / "log", superblock(SIZE, TINY))
+    store.retire("log /" + "deep/" * 1000 + "log: it has failed")
+    store.close()
+    assert ended(tmp_path / "log").endswith("it has failed")

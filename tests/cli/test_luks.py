@@ -171,3 +171,38 @@ def test_a_measured_cost(command: Command, image: Path, tmp_path: Path) -> None:
     assert slot["kdf"]["type"] == "argon2id"
     assert slot["kdf"]["memory_kib"] == 1024
     assert slot["kdf"]["passes"] >= 4
+
+
+def test_stdin_that_was_closed(command: Command, image: Path) -> None:
+    words = command.arguments("luks", "format", image, "--key-file", "-", *CHEAP)
+    closing = ["sh", "-c", 'exec "$@" <&-', "sh", *words]
+    done = subprocess.run(
+        closing, env=command.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "stdin has to hold" in done.stderr
+
+
+def test_a_pipe_is_no_device(command: Command, image: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "neither a file" in failed(command, "dump", pipe, code=2)
+    assert "neither a file" in failed(command, "format", pipe, "--key-file", key(tmp_path), code=2)
+
+
+def test_costs_that_protect_nothing(command: Command, image: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["format", image, "--key-file", key(tmp_path)]
+    words += ["--pbkdf-force-iterations"]
+    assert "1000 at least" in failed(command, *words, "999", "--pbkdf", "pbkdf2", code=2)
+    assert "4 at least" in failed(command, *words, "3", code=2)
+    assert not image.read_bytes().strip(b"\0"), "something was written"
+
+
+def test_what_a_terminal_would_obey_is_not_printed(
+    command: Command, image: Path, tmp_path: Path
+) -> None:
+    words: list[str | Path] = ["--key-file", key(tmp_path), "--label", "\x1b[2Jü\n", *CHEAP]
+    command.ok("luks", "format", image, *words)
+    assert "label: \\x1b[2Jü\\n\n" in command.ok("luks", "dump", image)
+    document = json.loads(command.ok("luks", "dump", image, "--json"))
+    assert document["luks"]["label"] == "\x1b[2Jü\n"

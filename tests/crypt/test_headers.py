@@ -283,6 +283,32 @@ def put(device: MemoryDevice, header: luks2.Luks2, text: bytes) -> None:
     device.poke(SECOND, changed.encode(second=True, salt=bytes(64)))
 
 
+async def test_key_slots_larger_than_any() -> None:
+    """Removing one would overwrite all of its area: that much memory, and perhaps data."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["config"]["keyslots_size"] = str(1 << 40)
+        raw["keyslots"]["0"]["area"]["size"] = str(1 << 39)
+        raw["segments"]["0"]["offset"] = str(1 << 41)
+
+    device = await rewritten(change)
+    assert "bytes of key slots: at most 134217728" in (await refusal(device)).line
+
+
+async def test_a_digest_that_costs_more_than_the_slots() -> None:
+    """It is computed once for each slot that is tried."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["digests"]["0"]["iterations"] = 1 << 28
+        slot = raw["keyslots"]["0"]
+        for number in range(1, 17):
+            area = {**slot["area"], "offset": str(32768 + number * 258048)}
+            raw["keyslots"][str(number)] = {**slot, "area": area}
+        raw["digests"]["0"]["keyslots"] = [str(number) for number in range(17)]
+
+    assert "more work" in (await refusal(await rewritten(change))).line
+
+
 def setting(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     def change(raw: dict[str, Any]) -> None:
         *inner, last = path.split("/")
@@ -313,6 +339,8 @@ HUGE = str(2**63)
         ("segments/0/offset", "0", "lies in the key slots"),
         ("segments/0/offset", HUGE, "no size"),
         ("segments/0/offset", "16777217", "not whole sectors"),
+        ("keyslots/01", {"type": "x", "area": {"type": "x", "offset": "0", "size": "0"}}, "sense"),
+        ("digests/0/keyslots", ["0\n"], "makes no sense"),
         ("segments/0/size", "1000", "not whole sectors"),
         ("segments/0/size", "0", "no size"),
         ("segments/0/size", "x", "no size"),

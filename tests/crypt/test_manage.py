@@ -288,13 +288,19 @@ class PowerCut:
         await self.device.write_zeroes(offset, length, may_unmap=may_unmap)
 
 
+async def two_keys() -> MemoryDevice:
+    device = await volume(2)
+    await add(device, PASSPHRASE, OTHER)
+    return device
+
+
 async def cut(
     work: Callable[[BlockDevice], Awaitable[object]],
     check: Callable[[MemoryDevice], Awaitable[None]],
+    before: Callable[[], Awaitable[MemoryDevice]] = two_keys,
 ) -> None:
     """Do `work` with the power gone at every one of its writes, several ways each."""
-    first = await volume(2)
-    await add(first, PASSPHRASE, OTHER)
+    first = await before()
     start = first.peek(0, 2 * MIB)
     for after in range(20):
         cuts = 0
@@ -344,3 +350,61 @@ async def test_luks1_places_are_those_of_the_format() -> None:
     assert isinstance(header, luks1.Luks1)
     assert [block.material_sector for block in header.blocks] == [8 + 504 * n for n in range(8)]
     assert header.payload_sector == 4096
+
+
+@pytest.mark.parametrize("damaged", [0, luks2.SIZE_BYTES])
+async def test_the_only_copy_that_is_whole_is_written_last(damaged: int) -> None:
+    async def before() -> MemoryDevice:
+        device = await two_keys()
+        device.poke(damaged + 4100, b"\0\0\0")
+        return device
+
+    async def work(device: BlockDevice) -> None:
+        await remove(device, OTHER)
+
+    async def check(device: MemoryDevice) -> None:
+        assert await opens(device, PASSPHRASE)
+
+    await cut(work, check, before)
+
+
+async def test_a_key_that_only_the_newer_copy_knows_is_not_lost() -> None:
+    """The power went between the copies when it was added; the old key goes, and it goes again."""
+
+    async def before() -> MemoryDevice:
+        device = await volume(2)
+        old = device.peek(0, luks2.SIZE_BYTES)
+        await add(device, PASSPHRASE, OTHER)
+        device.poke(0, old)
+        assert "the first copy of the header is older" in (await loaded(device)).damage
+        return device
+
+    async def work(device: BlockDevice) -> None:
+        await remove(device, PASSPHRASE)
+
+    async def check(device: MemoryDevice) -> None:
+        assert await opens(device, OTHER)
+
+    await cut(work, check, before)
+
+
+async def test_sectors_that_the_device_is_not_whole_of() -> None:
+    device = MemoryDevice(20 * MIB + 512)
+    with pytest.raises(UsageError, match="not whole sectors of 4096") as caught:
+        await manage.format_volume(AlignedDevice(device), PASSPHRASE, how(sector_bytes=4096))
+    assert "--sector-size 512" in caught.value.line
+    assert not any(device.peek(0, 20 * MIB))
+
+
+async def test_new_key_material_begins_with_a_page() -> None:
+    """Whatever another program has left behind the last slot."""
+    device = await volume(2)
+    header = await loaded(device)
+    assert isinstance(header, luks2.Luks2)
+    raw = header.raw
+    area = raw["keyslots"]["0"]["area"]
+    area["size"] = str(int(area["size"]) + 1)
+    changed = header._changed(raw)
+    await headers.store(AlignedDevice(device), changed)
+    await add(device, PASSPHRASE, OTHER)
+    assert (await loaded(device)).volume.slots[1].offset_bytes % 4096 == 0

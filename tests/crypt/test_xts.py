@@ -42,3 +42,13 @@ def test_every_sector_has_the_tweak_of_its_number_in_512_bytes(
 def test_a_key_of_two_equal_halves_is_refused() -> None:
     with pytest.raises(LuksError, match="the same"):
         SectorCipher(bytes(64), 512)
+
+
+def test_a_library_that_reads_the_tweak_only_once_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All sectors would have the same number, and nothing else would tell."""
+    real = modes.XTS
+    monkeypatch.setattr(modes, "XTS", lambda tweak: real(bytes(tweak)))
+    with pytest.raises(LuksError, match="cryptography"):
+        SectorCipher(KEY, 512)

@@ -422,6 +422,18 @@ def test_mistakes_with_an_encrypted_lun(
         assert (folder / "lun1").stat().st_size == 24 * MIB
 
 
+def test_the_command_leaves_tiers_and_reservations_alone(
+    product: Product, make_embedded: MakeEmbedded, keys: list[Path], tmp_path: Path
+) -> None:
+    """With the options of a mount: a tier of the raw LUN would take the place of the volume's."""
+    url = make_embedded({1: f"ram:{24 * MIB}"}).lun_url()
+    options = ["-o", f"tier_dir={tmp_path}/tier,cache_key_file={keys[0]}"]
+    product("luks", "format", url, "--key-file", keys[0], *options, *CHEAP_PBKDF2)
+    assert not (tmp_path / "tier").exists()
+    (lun,) = json.loads(product("inspect", url, "--json").stdout)["luns"]
+    assert lun["reservations"]["holder"] is None
+
+
 @pytest.mark.fuse
 @pytest.mark.interop("tgtd", "tgtadm")
 @can_take_over

@@ -197,7 +197,7 @@ def test_sources(product: Product, source: str) -> None:
 
 
 def test_options_of_later_versions_are_not_ignored(product: Product) -> None:
-    for option in ("tier_size=1G", "tier_dir=/tmp"):
+    for option in ("metrics_listen=127.0.0.1:9100", "audit_log=/tmp/audit"):
         refused(product, f"iscsi://127.0.0.1/{SOME_LUN}", option, code=USAGE)
 
 

@@ -188,4 +188,4 @@ def test_mistakes(product: Product, tmp_path: Path, words: list[str], told: str)
 def test_a_folder_without_a_sealed_log(product: Product, tmp_path: Path) -> None:
     key = product.secret_file(KEY)
     refused = rekey(product, tmp_path, key, key, code=1).stderr
-    assert "no log in it is sealed" in refused
+    assert "nothing in it is sealed" in refused

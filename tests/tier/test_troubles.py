@@ -22,9 +22,10 @@ from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import retiring, segments, trust
 from orion_iscsifs.tier.batch import BatchWriter
 from orion_iscsifs.tier.current import Current
+from orion_iscsifs.tier.fresh import new_tier_superblock
 from orion_iscsifs.tier.reading import RecordReader
 from orion_iscsifs.tier.segments import SegmentFiles
-from orion_iscsifs.tier.store import TierStore, drop, is_in_use, new_tier_superblock
+from orion_iscsifs.tier.store import TierStore, drop, is_in_use
 from orion_iscsifs.tier.superblock import TierError
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 from tests.tier import tiers

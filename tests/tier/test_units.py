@@ -243,14 +243,33 @@ def test_pages_are_gathered_and_spread(mask: int, wanted: int, pattern: bytes) -
 def test_compression_has_to_be_worth_it(level: int) -> None:
     compressor = zstandard.ZstdCompressor(level=level)
     noise = random.Random(1).randbytes(FRAME_BYTES)
-    assert frames.compress(noise, compressor) == (record.RAW, noise)
     nearly = noise[: FRAME_BYTES * 9 // 10].ljust(FRAME_BYTES, b"x")
-    assert frames.compress(nearly, compressor)[0] == record.RAW
     half = noise[: FRAME_BYTES // 2].ljust(FRAME_BYTES, b"x")
-    codec, packed = frames.compress(half, compressor)
-    assert codec == record.ZSTD
-    assert frames.decompress(codec, packed, FRAME_BYTES, zstandard.ZstdDecompressor()) == half
-    assert frames.compress(half, None) == (record.RAW, half)
+    contents = [noise, nearly, half]
+    packed = frames.compress_all(contents, compressor)
+    assert [codec for codec, _ in packed] == [record.RAW, record.RAW, record.ZSTD]
+    assert packed[0][1] is noise
+    decompressor = zstandard.ZstdDecompressor()
+    stored = [(codec, payload, FRAME_BYTES) for codec, payload in packed]
+    assert frames.decompress_all(stored, decompressor) == contents
+    assert [frames.decompress(*one, decompressor) for one in stored] == contents
+    assert frames.compress_all([], compressor) == []
+
+
+def test_damage_among_others_is_found_and_costs_only_itself() -> None:
+    compressor, decompressor = zstandard.ZstdCompressor(), zstandard.ZstdDecompressor()
+    contents = [bytes([number]) * FRAME_BYTES for number in range(5)]
+    stored = [
+        (codec, bytes(payload), FRAME_BYTES)
+        for codec, payload in frames.compress_all(contents, compressor)
+    ]
+    broken = bytearray(stored[1][1])
+    broken[-6] ^= 0xFF
+    stored[1] = record.ZSTD, bytes(broken[:-3]), FRAME_BYTES
+    stored[3] = record.RAW, b"too short", FRAME_BYTES
+    found = frames.decompress_all(stored, decompressor)
+    assert [isinstance(one, record.BadRecord) for one in found] == [False, True, False, True, False]
+    assert [found[at] for at in (0, 2, 4)] == [contents[at] for at in (0, 2, 4)]
 
 
 def test_a_payload_that_says_it_is_huge_takes_no_memory() -> None:
