@@ -17,10 +17,13 @@ from orion_iscsifs.errors import OrionError
 from orion_iscsifs.localstore.seal import OVERHEAD_BYTES
 from orion_iscsifs.tier import frames, record
 from orion_iscsifs.tier.index import Row
+from orion_iscsifs.tier.packed import pack_all
 from orion_iscsifs.tier.reading import RecordReader
 from orion_iscsifs.tier.record import Header
 from orion_iscsifs.tier.seals import SegmentSeals
 
+COMPRESS_THREADS_MAX: Final = 4
+"""At most half of the processors: what comes faster than it is compressed is not kept."""
 _PAD: Final = bytes(record.ALIGN_BYTES)
 
 
@@ -77,6 +80,7 @@ class BatchWriter:
         self._reader = reader
         self._seals = seals
         self._compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self._threads = min(max(len(os.sched_getaffinity(0)) // 2, 1), COMPRESS_THREADS_MAX)
 
     def run(self, job: Job) -> None:
         """Blocks; raises OSError."""
@@ -113,7 +117,7 @@ class BatchWriter:
                 to_compress.append((number, content))
         if to_compress:
             contents = [content for _, content in to_compress]
-            done = frames.compress_all(contents, self._compressor(job.level))
+            done = pack_all(contents, self._compressor(job.level), threads=self._threads)
             for (number, _), result in zip(to_compress, done, strict=True):
                 packed[number] = result
                 job.items[number].saved = result[0] != record.RAW

@@ -4,11 +4,15 @@ A segment is made whole (reserved on the disk) before it is used, and removed as
 is its number, and no number comes again. So a reader that still holds the file of a segment that
 has gone finds in it what was always there.
 
-Everything here blocks but for a moment (`descriptor`) or longer.
+Only the trio thread opens and closes the descriptors to read with; what a thread is to read from is
+held for it meanwhile.
+
+Everything here blocks but for a moment (`descriptor`, `hold`) or longer.
 """
 
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,12 +25,19 @@ DESCRIPTORS_MAX: Final = 64
 PATTERN: Final = "rseg-*"
 
 
+@dataclass(slots=True, eq=False)
+class _Open:
+    descriptor: int
+    holders: int = 0
+    is_kept: bool = True
+
+
 class SegmentFiles:
     """Of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, _Open] = OrderedDict()
 
     def path(self, number: int) -> Path:
         return self.folder / journal.file_name(number)
@@ -63,25 +74,54 @@ class SegmentFiles:
 
     def descriptor(self, number: int) -> int:
         """To read with, until the next call of any method here. Raises OSError."""
+        return self._opened(number).descriptor
+
+    def hold(self, number: int) -> "Held":
+        """To read with, until it is released. Raises OSError."""
+        opened = self._opened(number)
+        opened.holders += 1
+        return Held(opened)
+
+    def _opened(self, number: int) -> _Open:
         found = self._open.get(number)
         if found is None:
-            found = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
             if len(self._open) >= DESCRIPTORS_MAX:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[number] = found
+                self._let_go(self._open.popitem(last=False)[1])
+            found = self._open[number] = _Open(descriptor)
         else:
             self._open.move_to_end(number)
         return found
 
     def close(self, number: int) -> None:
-        """Nobody reads from this segment any more."""
-        descriptor = self._open.pop(number, -1)
-        if descriptor >= 0:
-            os.close(descriptor)
+        """Nobody is to begin to read from this segment any more."""
+        if number in self._open:
+            self._let_go(self._open.pop(number))
+
+    def _let_go(self, opened: _Open) -> None:
+        opened.is_kept = False
+        if not opened.holders:
+            os.close(opened.descriptor)
 
     def close_all(self) -> None:
         for number in list(self._open):
             self.close(number)
+
+
+class Held:
+    """A descriptor that stays open until `release`."""
+
+    __slots__ = ("_opened", "descriptor")
+
+    def __init__(self, opened: _Open) -> None:
+        self._opened = opened
+        self.descriptor: Final = opened.descriptor
+
+    def release(self) -> None:
+        """Only once."""
+        self._opened.holders -= 1
+        if not self._opened.is_kept and not self._opened.holders:
+            os.close(self.descriptor)
 
 
 def remove_all(folder: Path) -> None:

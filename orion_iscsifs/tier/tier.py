@@ -37,6 +37,7 @@ from orion_iscsifs.errors import OrionError, WriteProtected
 from orion_iscsifs.tier import spans
 from orion_iscsifs.tier.appending import Appender
 from orion_iscsifs.tier.batch import BatchWriter
+from orion_iscsifs.tier.gathering import Gatherer
 from orion_iscsifs.tier.index import frames_of, pages_in
 from orion_iscsifs.tier.journal import records_max
 from orion_iscsifs.tier.policy import Admission
@@ -57,8 +58,6 @@ STAGING_SHARE: Final = 8
 """One such part of the tier's size may be in memory, on its way in, within these bounds."""
 PIECES_NOW: Final = 2
 """Records that are read and decompressed between two requests; more of them are for a thread."""
-READERS: Final = 4
-"""Threads that read."""
 DRAIN_S: Final = 10.0
 _END: Final = 1 << 56
 
@@ -76,7 +75,7 @@ class CompressedTier:
         block = store.superblock
         self._admission = Admission(tier_bytes, block.segments * records_max(block.segment_bytes))
         self._reader = RecordReader(store.files, store.store_id, store.seals)
-        self._limiter = trio.CapacityLimiter(READERS)
+        self.gatherer: Final = Gatherer(store.files, self._reader)
         self._listeners: list[GeometryListener] = []
         self._vanishing: list[Range] = []
         """What is not true any more, until the index and the journal know it: ends that the device
@@ -217,9 +216,7 @@ class CompressedTier:
                 else:
                     self._judge(pieces)
                     return
-            await trio.to_thread.run_sync(
-                self._reader.read_pieces, pieces, span, target, limiter=self._limiter
-            )
+            await self.gatherer.fetch(pieces, span, target)
         except OSError as error:
             self.store.fail("reading", error)
             return
@@ -469,7 +466,7 @@ async def open_tier(
     durable, and the next mount may believe it. Otherwise it has to be in the same boot of the host.
     """
     tier = CompressedTier(device, store, level=level)
-    async with background(tier.retirement.run, tier.forget_ends):
+    async with background(tier.retirement.run, tier.forget_ends, tier.gatherer.run):
         async with background(tier.appender.run):
             await tier.begin()
             yield tier

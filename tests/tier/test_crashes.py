@@ -49,7 +49,9 @@ async def show(folder: Path, truth: Truth, *, sealed: bool, boot_id: str = BOOT)
     """All of the device, through the tier that is in the folder."""
     async with tiered(folder, truth, size=SMALL, sealed=sealed, boot_id=boot_id) as tier:
         for start in range(0, SIZE, 256 * KIB):
-            assert await read(tier, start, 256 * KIB) == truth.memory.peek(start, 256 * KIB)
+            is_right = await read(tier, start, 256 * KIB) == truth.memory.peek(start, 256 * KIB)
+            # Not in one line: pytest would take a minute to show how so many bytes differ.
+            assert is_right, f"of {256 * KIB} bytes at {start}"
         assert not tier.statistics.bad_records
 
 

@@ -9,8 +9,21 @@ import trio
 from orion_iscsifs.block.device import Geometry
 from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier.store import TierStore
-from tests.tier.test_tier import FRAME, LARGE, WIDE, asked, device, fill, same
-from tests.tier.tiers import MIB, Size, opened, read, settle, tiered
+from tests.tier.tiers import (
+    FRAME,
+    LARGE,
+    MIB,
+    WIDE,
+    Size,
+    asked,
+    device,
+    fill,
+    opened,
+    read,
+    same,
+    settle,
+    tiered,
+)
 
 # -- a full tier -----------------------------------------------------------------------------------
 

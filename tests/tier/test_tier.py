@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -15,40 +14,20 @@ from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import journal
 from orion_iscsifs.tier.batch import BatchWriter, Job
 from orion_iscsifs.tier.reading import Piece
-from orion_iscsifs.tier.tier import CompressedTier, Level
-from tests.tier.tiers import KIB, MIB, Size, read, settle, tiered
-
-FRAME = 64 * KIB
-LARGE = Size(segments=64)
-WIDE = Size(segment_bytes=MIB, segments=8)
-"""Its segments have room for some frames of noise."""
-
-
-def device(size_bytes: int = 16 * MIB, *, seed: int = 1) -> MemoryDevice:
-    """Of noise, with a record of what it is asked for."""
-    geometry = Geometry(size_bytes=size_bytes, discard_granularity_bytes=4096)
-    memory = MemoryDevice(geometry=geometry, record=True)
-    memory.poke(0, random.Random(seed).randbytes(size_bytes))
-    return memory
-
-
-def asked(memory: MemoryDevice) -> list[tuple[int, int]]:
-    """The reads that reached the device since the last time."""
-    found = [(r.offset, r.length) for r in memory.requests if r.kind == "read_into"]
-    memory.requests.clear()
-    return found
-
-
-async def same(tier: CompressedTier, memory: MemoryDevice, offset: int, length: int) -> bool:
-    return await read(tier, offset, length) == memory.peek(offset, length)
-
-
-async def fill(tier: CompressedTier, start: int, end: int) -> None:
-    """Read all of it, no faster than the tier can take it in."""
-    for at in range(start, end, MIB):
-        await read(tier, at, min(MIB, end - at))
-        await settle(tier)
-
+from orion_iscsifs.tier.tier import Level
+from tests.tier.tiers import (
+    FRAME,
+    KIB,
+    LARGE,
+    MIB,
+    asked,
+    device,
+    fill,
+    read,
+    same,
+    settle,
+    tiered,
+)
 
 # -- reads -----------------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import retiring, segments, trust
 from orion_iscsifs.tier.batch import BatchWriter
 from orion_iscsifs.tier.current import Current
+from orion_iscsifs.tier.fetching import Fetcher
 from orion_iscsifs.tier.fresh import new_tier_superblock
-from orion_iscsifs.tier.reading import RecordReader
 from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.store import TierStore, drop, is_in_use
 from orion_iscsifs.tier.superblock import TierError
@@ -79,7 +79,8 @@ TROUBLES = {
     "a new segment": (SegmentFiles, "make", errno.ENOSPC, "writing"),
     "a segment that goes": (SegmentFiles, "remove", errno.EROFS, "writing"),
     "syncing a segment": (TierStore, "sync_filled", errno.EIO, "writing"),
-    "reading": (RecordReader, "_opened", errno.EIO, "reading"),
+    "opening a segment": (SegmentFiles, "_opened", errno.EIO, "reading"),
+    "reading in a thread": (Fetcher, "_read", errno.EIO, "reading"),
 }
 
 

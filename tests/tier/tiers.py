@@ -1,5 +1,6 @@
 """A tier in a folder of its own, over whatever device a test brings."""
 
+import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import trio
 
-from orion_iscsifs.block.device import BlockDevice
+from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.localstore.seal import KDF, Cost, Seal, Sealing
 from orion_iscsifs.localstore.superblock import NAMES
+from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.superblock import TierSuperblock
 from orion_iscsifs.tier.tier import CompressedTier, Level, open_tier
 
 KIB = 1 << 10
 MIB = 1 << 20
+FRAME = 64 * KIB
 BOOT = "this boot"
 KEY = bytes(range(32))
 
@@ -30,6 +33,9 @@ class Size:
 
 
 USUAL = Size()
+LARGE = Size(segments=64)
+WIDE = Size(segment_bytes=MIB, segments=8)
+"""Its segments have room for some frames of noise."""
 
 
 def superblock(size_bytes: int, size: Size = USUAL, *, sealed: bool = False) -> TierSuperblock:
@@ -107,3 +113,29 @@ async def read(tier: BlockDevice, offset: int, length: int) -> bytes:
     target = bytearray(length)
     await tier.read_into(offset, memoryview(target))
     return bytes(target)
+
+
+def device(size_bytes: int = 16 * MIB, *, seed: int = 1) -> MemoryDevice:
+    """Of noise, with a record of what it is asked for."""
+    geometry = Geometry(size_bytes=size_bytes, discard_granularity_bytes=4096)
+    memory = MemoryDevice(geometry=geometry, record=True)
+    memory.poke(0, random.Random(seed).randbytes(size_bytes))
+    return memory
+
+
+def asked(memory: MemoryDevice) -> list[tuple[int, int]]:
+    """The reads that reached the device since the last time."""
+    found = [(r.offset, r.length) for r in memory.requests if r.kind == "read_into"]
+    memory.requests.clear()
+    return found
+
+
+async def same(tier: CompressedTier, memory: MemoryDevice, offset: int, length: int) -> bool:
+    return await read(tier, offset, length) == memory.peek(offset, length)
+
+
+async def fill(tier: CompressedTier, start: int, end: int) -> None:
+    """Read all of it, no faster than the tier can take it in."""
+    for at in range(start, end, MIB):
+        await read(tier, at, min(MIB, end - at))
+        await settle(tier)
