@@ -12,8 +12,9 @@ docs/tier-format.md has the layout byte by byte.
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -46,6 +47,7 @@ _ENTRY: Final = Struct("<BxHIQQQI8x16s")
 reserved, tag. The checksum follows."""
 _SHORT: Final = Struct("<BxHIQQ36xI")
 """Of the same, what the index is made of, and the checksum."""
+_BODY: Final = Struct("<60s4x")
 _PLACE: Final = Struct("<16sQI")
 _BODY_BYTES: Final = _ENTRY.size
 _TAGGED_BYTES: Final = _BODY_BYTES - TAG_BYTES
@@ -158,21 +160,29 @@ class Scribe:
         body = _ENTRY.pack(*entry)
         return body + _CHECKSUM.pack(crc32c.crc32c(body, (self._seed + ordinal) & 0xFFFF_FFFF))
 
-    def entries(self, area: bytes) -> Iterator[Fields]:
+    def entries(self, area: bytes) -> list[Fields]:
         """The fields of those of a journal, in order.
 
-        They end before an entry of zeroes, behind which there must be nothing else. Raises
-        DamagedJournal where it does not go on as it should.
+        Whatever lies before the zeroes at its end has to be an entry that is good in its place:
+        raises DamagedJournal otherwise. Opening a large tier is this, so it is done by functions
+        that loop by themselves.
         """
-        seed, checksum, start, size = self._seed, crc32c.crc32c, 0, _BODY_BYTES
-        for fields in _SHORT.iter_unpack(area):
-            if checksum(area[start : start + size], seed) != fields[5]:
-                if area[start:].strip(b"\0"):
-                    raise DamagedJournal(f"entry {start // ENTRY_BYTES} of its journal is damaged")
-                return
-            yield fields
-            start += ENTRY_BYTES
-            seed = seed + 1 & 0xFFFF_FFFF
+        count = -(-len(area.rstrip(b"\0")) // ENTRY_BYTES)
+        used = area[: count * ENTRY_BYTES]
+        found: list[Fields] = list(_SHORT.iter_unpack(used))
+        bodies = map(itemgetter(0), _BODY.iter_unpack(used))
+        sums = list(map(crc32c.crc32c, bodies, _seeds(self._seed, count)))
+        if sums != [fields[5] for fields in found]:
+            bad = next(at for at, fields in enumerate(found) if fields[5] != sums[at])
+            raise DamagedJournal(f"entry {bad} of its journal is damaged")
+        return found
+
+
+def _seeds(first: int, count: int) -> Iterable[int]:
+    """Of checksums, one for each entry."""
+    if first + count <= 1 << 32:
+        return range(first, first + count)
+    return (first + ordinal & 0xFFFF_FFFF for ordinal in range(count))
 
 
 def entry_at(area: bytes, ordinal: int) -> Entry:

@@ -15,7 +15,7 @@ the end is not where it should be, nothing is left.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -118,7 +118,7 @@ class Loader:
         reading = _Reading(found.index, number, block.segment_bytes)
         scribe = Scribe(block.store, number)
         area = head[journal.PAGE_BYTES :]
-        entries = scribe.entries(area)
+        entries: Iterable[Fields] = scribe.entries(area)
         self._seals.note(number, header.salt)
         seal = self._seals.of(number)
         if seal is not None:
@@ -139,7 +139,7 @@ class _Reading:
         self._number = number
         self._segment_bytes = segment_bytes
 
-    def rows(self, entries: Iterator[Fields]) -> Iterator[tuple[int, int, int, int, int]]:
+    def rows(self, entries: Iterable[Fields]) -> Iterator[tuple[int, int, int, int, int]]:
         """What to put into the index, in order; what to take out of it is taken out meanwhile."""
         position, end, count, left = self.position, self._segment_bytes, 0, rows.ROWS_MAX
         frame_kind = int(Kind.FRAME)
@@ -172,7 +172,7 @@ class _Reading:
 
 
 def _tags_checked(
-    seal: Seal, scribe: Scribe, area: bytes, entries: Iterator[Fields]
+    seal: Seal, scribe: Scribe, area: bytes, entries: Iterable[Fields]
 ) -> Iterator[Fields]:
     """Of a sealed store. A FRAME has none: its record has."""
     for ordinal, fields in enumerate(entries):
