@@ -17,7 +17,6 @@ from orion_bench.appends import appends_as_json, measure_appends, print_appends
 from orion_bench.measure import measure_rounds
 from orion_bench.report import OURS, THEIRS, Results, as_json, print_table
 from orion_bench.rereads import (
-    fill_compressible,
     fill_tier,
     forget_pages,
     sides_with_tier,
@@ -25,6 +24,7 @@ from orion_bench.rereads import (
     workloads_at,
 )
 from orion_bench.sides import Lun, OrionSide, QemuSide, Side
+from orion_bench.trees import fill_with_tree
 from orion_bench.workloads import BY_NAME, MEBIBYTE, Workload
 from orion_iscsifs.testing.netsim import TcpProxy
 from orion_iscsifs.testing.programs import ProgramFailed
@@ -115,7 +115,7 @@ def _terminate(_number: int, _frame: object) -> None:
     "--tier",
     "rereads",
     is_flag=True,
-    help="Read again after a remount, from a tier on a local disk; 5 ms unless --delays is given.",
+    help="Read again after a remount, from a tier on a local disk; 5 ms unless --delays; as root.",
 )
 @click.option("--json", "as_document", is_flag=True, help="One JSON document on stdout.")
 def main(
@@ -150,7 +150,7 @@ def main(
             folder,
             lun_mib * MEBIBYTE,
             distant=bool(delays),
-            content=fill_compressible if rereads else fill,
+            content=fill_with_tree if rereads else fill,
         ) as lun,
     ):
         run = Run(lun, folder, rounds, seconds, delays, as_document)

@@ -7,7 +7,7 @@ device passes the flushes on. So a figure holds several writes and flushes of th
 import contextlib
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orion_bench.sides import Lun, OrionSide, QemuSide, Side
+from orion_bench.trees import mounted_ext4
 from orion_bench.workloads import Unit, Workload
 from orion_iscsifs.testing.programs import ProgramFailed, run
 
@@ -77,7 +78,7 @@ def _options(cache: str, log_dir: Path) -> tuple[str, ...]:
 def _measure(side: Side, folder: Path, delay_s: float, seconds: float) -> Latency:
     side.lun.be_distant(0)
     _make_file_system(side.lun.backing)
-    with side.mounted(_WORKLOAD) as file, _file_system(file, folder) as files:
+    with side.mounted(_WORKLOAD) as file, mounted_ext4(file, folder) as files:
         side.lun.be_distant(delay_s)
         try:
             return _append(files / "appended", seconds)
@@ -91,21 +92,6 @@ def _make_file_system(backing: Path) -> None:
     # Blocks as on a large disk; a small one would get 1 KiB, and reads before writes.
     words: list[str | Path] = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-E", lazy, backing, "256M"]
     run(words, timeout_s=120)
-
-
-@contextlib.contextmanager
-def _file_system(file: Path, folder: Path) -> Iterator[Path]:
-    mountpoint = folder / "ext4"
-    mountpoint.mkdir(exist_ok=True)
-    device = run(["losetup", "--direct-io=on", "--find", "--show", file]).strip()
-    try:
-        run(["mount", "-t", "ext4", device, mountpoint])
-        try:
-            yield mountpoint
-        finally:
-            run(["umount", mountpoint], timeout_s=120)
-    finally:
-        run(["losetup", "--detach", device])
 
 
 def _append(path: Path, seconds: float) -> Latency:

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from rich.console import Console
 
+from orion_bench.figures import Figure
 from orion_bench.sides import Side
+from orion_bench.trees import read_tree
 from orion_bench.workloads import MEBIBYTE, Unit, Workload
 from orion_iscsifs.testing.programs import run
 
@@ -22,15 +23,6 @@ class FioDirection(TypedDict):
     iops: float
     bw_bytes: int
     clat_ns: FioPercentiles
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measurement. `rate` is in the workload's unit."""
-
-    rate: float
-    p50_us: float
-    p99_us: float
 
 
 def measure_rounds(
@@ -72,6 +64,8 @@ def measure(side: Side, workload: Workload, *, seconds: float) -> Figure:
         span_bytes = workload.span_bytes or file.stat().st_size
         if workload.warm:
             read_through(file, span_bytes)
+        if workload.is_tree:
+            return read_tree(file, side.folder, seconds)
         figure = _run_fio(file, workload, span_bytes=span_bytes, seconds=seconds)
         if workload.writes:
             _make_durable(file)

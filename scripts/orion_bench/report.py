@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from orion_bench.measure import Figure
+from orion_bench.figures import Figure
 from orion_bench.workloads import Unit, Workload
 
 Results = Mapping[str, Mapping[str, Sequence[Figure]]]

@@ -10,25 +10,18 @@ from pathlib import Path
 
 from orion_bench.measure import read_through
 from orion_bench.sides import Lun, OrionSide, QemuSide, Side
-from orion_bench.workloads import BY_NAME, Workload
+from orion_bench.workloads import BY_NAME, TREE, Workload
 
-_NAMES = ("seqread", "randread-32", "randread-1")
-_FRAME_BYTES = 64 << 10
+_REREADS = (
+    TREE,
+    *(BY_NAME[name] for name in ("randread-1", "seqread-buffered", "randread-32", "seqread")),
+)
 _PASSES = 4
 
 
 def workloads_at(delays: Sequence[float]) -> list[Workload]:
     """What is read again, at each distance."""
-    return [BY_NAME[name].at(delay_s) for delay_s in delays for name in _NAMES]
-
-
-def fill_compressible(path: Path, size_bytes: int) -> None:
-    """Every other frame of a kind that a disk holds: bytes that compress to half, or not at all."""
-    with path.open("wb") as file:
-        for _ in range(size_bytes // (2 * _FRAME_BYTES)):
-            file.write(os.urandom(_FRAME_BYTES))
-            half = os.urandom(_FRAME_BYTES // 2)
-            file.write(b"".join(half[i : i + 64] + bytes(64) for i in range(0, len(half), 64)))
+    return [workload.at(delay_s) for delay_s in delays for workload in _REREADS]
 
 
 def sides_with_tier(
@@ -44,7 +37,7 @@ def fill_tier(lun: Lun, folder: Path, tier_dir: Path, options: tuple[str, ...]) 
     faster than it can be compressed."""
     lun.be_distant(0)
     ours, _ = sides_with_tier(lun, folder, tier_dir, options)
-    with ours.mounted(BY_NAME[_NAMES[0]]) as file:
+    with ours.mounted(TREE) as file:
         for _ in range(_PASSES):
             read_through(file, file.stat().st_size)
 

@@ -49,6 +49,10 @@ class Side(Protocol):
     @property
     def lun(self) -> Lun: ...
 
+    @property
+    def folder(self) -> Path:
+        """For what a measurement needs."""
+
     def mounted(self, workload: Workload) -> contextlib.AbstractContextManager[Path]:
         """The LUN's file, for as long as the block lasts."""
 

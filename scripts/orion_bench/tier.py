@@ -1,7 +1,8 @@
 """The compressed read tier on its own: `PYTHONPATH=scripts python -m orion_bench.tier [FOLDER]`.
 
-What a hit costs next to a hit in RAM and next to a device that is 5 ms away; what compression saves
-and costs; what a RAM hit waits for while the tier is busy; how a tier of 100 GiB opens.
+What a hit costs next to a hit in RAM and next to a device that is 5 ms away, and what it is made
+of; what compression saves and costs; what a RAM hit waits for while the tier is busy; how a tier of
+100 GiB opens.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orion_bench.__main__ import temporary_folder
+from orion_bench.steps import measure_steps
 from orion_iscsifs.block.device import BlockDevice, Geometry
 from orion_iscsifs.block.pages import FRAME_BYTES
 from orion_iscsifs.cache.writeback import WritebackCache
@@ -28,8 +30,9 @@ from orion_iscsifs.config import CacheConfig, CacheMode
 from orion_iscsifs.testing import tiers
 from orion_iscsifs.testing.faults import FaultyDevice
 from orion_iscsifs.testing.memory import MemoryDevice
-from orion_iscsifs.tier import frames, record
+from orion_iscsifs.tier import record
 from orion_iscsifs.tier.fresh import new_tier_superblock
+from orion_iscsifs.tier.packed import Packed, pack_all, unpack
 from orion_iscsifs.tier.store import TierStore
 from orion_iscsifs.tier.tier import CompressedTier, open_tier
 
@@ -177,17 +180,17 @@ def measure_compression(kind: str, level: int) -> tuple[str, str, str, str, str]
     decompressor = zstandard.ZstdDecompressor()
     pieces = [content[at : at + FRAME_BYTES] for at in range(0, len(content), FRAME_BYTES)]
     began = time.process_time()
-    packed = frames.compress_all(pieces, compressor)
+    stored = pack_all(pieces, compressor)
     compressed = time.process_time()
-    for codec, payload in packed:
-        frames.decompress(codec, payload, FRAME_BYTES, decompressor)
+    for codec, payload in stored:
+        unpack(Packed(codec, payload, FRAME_BYTES), decompressor)
     ended = time.process_time()
-    stored = sum(record.record_bytes(len(payload)) for _, payload in packed)
+    stored_bytes = sum(record.record_bytes(len(payload)) for _, payload in stored)
     megabytes = len(content) / 1e6
     return (
         f"{kind} ({megabytes:.0f} MB)",
         str(level),
-        f"{len(content) / stored:.2f}",
+        f"{len(content) / stored_bytes:.2f}",
         f"{1e3 * (compressed - began) / megabytes:.2f}",
         f"{1e3 * (ended - compressed) / megabytes:.2f}",
     )
@@ -223,6 +226,8 @@ def main() -> None:
         binaries = data_of("binaries")
         hits = trio.run(measure_hits, folder / "hits", binaries)
         console.print(table("hits, one at a time", heads, [*hits]))
+        steps = measure_steps(folder / "steps", binaries)
+        console.print(table("a hit, step by step: a record of 64 KiB", ("step", "µs"), [*steps]))
         busy = trio.run(measure_busy, folder / "busy", binaries)
         console.print(table("while the tier takes in binaries", heads, [*busy]))
         rows = [

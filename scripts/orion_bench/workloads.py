@@ -27,10 +27,12 @@ class Workload:
     """Further mount options on this project's side."""
     round_trip_s: float | None = None
     """To the target, by a proxy; None: there is no proxy."""
+    is_tree: bool = False
+    """Files of an ext4 on the LUN are read, and not the LUN's file by fio."""
 
     @property
     def writes(self) -> bool:
-        return "write" in self.fio["rw"]
+        return "write" in self.fio.get("rw", "")
 
     def at(self, round_trip_s: float) -> "Workload":
         """The same with the target so far away."""
@@ -118,6 +120,14 @@ WORKLOADS = (
         span_bytes=SMALL_BYTES,
         cached=True,
     ),
+)
+
+TREE = Workload(
+    name="tree",
+    title="files of an ext4 over a loop device, one after the other",
+    unit=Unit.MB_PER_S,
+    fio={},
+    is_tree=True,
 )
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
