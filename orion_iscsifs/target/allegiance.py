@@ -80,6 +80,8 @@ def terminate(session: "Session", channel: "Channel") -> list[trio.Event]:
     for task in [task for task in session.tasks.values() if task.channel is channel]:
         waits += _terminate_task(session, task)
     channel.forget_answers()
+    if waits:
+        session.ending.setdefault(channel.cid, []).extend(waits)
     return waits
 
 
@@ -223,20 +225,20 @@ def _remove(session: "Session", channel: "Channel", pdu: LogoutRequest, gone: "C
     _take_leave(session, channel, pdu, [gone])
 
 
-async def replace(session: "Session", old: "Channel") -> None:
-    """A login with the CID of `old` logs it out implicitly (§6.3.4)."""
+def replace(session: "Session", old: "Channel") -> None:
+    """A login with the CID of `old` logs it out implicitly (§6.3.4).
+
+    Commands of it that still run are in `session.ending`.
+    """
     old.happened(ConnectionEvent.LOGOUT_STARTED)
-    waits: list[trio.Event] = []
     if session.parameters.error_recovery_level == _RECOVERY:
         set_free(session, old)
     else:
-        waits = terminate(session, old)
+        terminate(session, old)
     old.happened(ConnectionEvent.LOGOUT_SUCCEEDED)
     if session.channels.get(old.cid) is old:
         del session.channels[old.cid]
     old.drop()
-    for finished in waits:
-        await finished.wait()
 
 
 # -- reassignment ----------------------------------------------------------------------------------

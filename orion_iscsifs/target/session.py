@@ -91,6 +91,10 @@ class Session:
         """Initiator Task Tags of task management functions that wait for something."""
         self.joining = 0
         """Connections whose login is about to be answered."""
+        self.newest: dict[int, Connection] = {}
+        """By CID: of the connections that are joining, the last that came."""
+        self.ending: dict[int, list[trio.Event]] = {}
+        """By CID: terminated commands that still ran when their connection was given up."""
         self._leading: Channel | None = None
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
@@ -188,15 +192,23 @@ class Session:
     ) -> Channel | None:
         """One more connection, or a new one in the place of an old one with its CID (§6.3.4).
 
-        `exp_stat_sn` acknowledges what the old one sent (§11.12.9). None if the session ended
-        while the commands of the old connection were, or has no place left.
+        `exp_stat_sn` acknowledges what the old one sent (§11.12.9). None if, while the commands of
+        earlier connections with this CID ended, the session did, too, or another login came for
+        the CID, or there is no place left.
         """
         self.joining += 1
+        self.newest[connection.cid] = connection
         try:
-            # Another login with this CID may get ahead of us: then that one is replaced too.
-            while (old := self.channels.get(connection.cid)) is not None:
+            if (old := self.channels.get(connection.cid)) is not None:
                 old.acknowledge(exp_stat_sn)
-                await allegiance.replace(self, old)
+                allegiance.replace(self, old)
+            # Whoever is first to replace a connection, every login for its CID waits: what the
+            # old one wrote must not land after what the new one is answered.
+            for finished in tuple(self.ending.get(connection.cid, ())):
+                await finished.wait()
+            if self.newest.get(connection.cid) is not connection:
+                return None
+            self.ending.pop(connection.cid, None)
             if self.over or connection.closed or self.refuses(connection.cid):
                 return None
             self.stats.joined += 1
@@ -206,6 +218,8 @@ class Session:
                     self.state = session_next(Role.TARGET, self.state, event)
             return self.add(connection, login, directory)
         finally:
+            if self.newest.get(connection.cid) is connection:
+                del self.newest[connection.cid]
             self.joining -= 1
             self.settle()
 

@@ -4,6 +4,8 @@ Every program runs in a session of its own, so that a Ctrl-C at the terminal rea
 and not the target it still needs to unmount from, and is ended by its process id only.
 """
 
+import contextlib
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +19,8 @@ START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
 POLL_INTERVAL_S = 0.02
 LOG_TAIL_BYTES = 2000
+PORTS_OF_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PORTS_TRIED = 100
 
 
 class ProgramFailed(RuntimeError):
@@ -24,12 +28,22 @@ class ProgramFailed(RuntimeError):
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listened on a moment ago.
+
+    The kernel gives it to nobody by itself (for a connection, or to who asks for port 0), so that
+    it stays free until it is used, and while its program is restarted. At random: other test runs
+    look for one, too.
+    """
+    end = int(PORTS_OF_THE_KERNEL.read_text(encoding="ascii").split()[0])
+    # 0: one of the kernel's after all.
+    for port in (*random.sample(range(end // 2, end), PORTS_TRIED), 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((host, port))
+                found: int = probe.getsockname()[1]
+                return found
+    raise ProgramFailed(f"no free port on {host}")
 
 
 def accepts(host: str, port: int) -> bool:

@@ -14,6 +14,7 @@ InitialR2T=Yes and MaxRecvDataSegmentLength=8192; CHAP_A 7 means SHA-1 to it.
 import contextlib
 import itertools
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +33,11 @@ CONTROL_PORT_MAX = 32767
 
 
 def free_control_port() -> int:
-    """A control port that no tgtd of this host uses. tgtadm takes 0 to 32767; 0 is the system's."""
-    first = os.getpid() % CONTROL_PORT_MAX + 1
+    """A control port that no tgtd of this host uses. tgtadm takes 0 to 32767; 0 is the system's.
+
+    At random: tgtd makes its lock file a moment later, and other test runs look for one, too.
+    """
+    first = random.randint(1, CONTROL_PORT_MAX)
     for control in itertools.chain(range(first, CONTROL_PORT_MAX + 1), range(1, first)):
         if not (SOCKET_FOLDER / f"socket.{control}.lock").exists():
             return control

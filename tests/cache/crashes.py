@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -45,9 +46,12 @@ class Crash(enum.Enum):
 
 @dataclass
 class Promise:
-    """Of each block: the versions written, in order, each with the flushes that came before it."""
+    """Of each block: the versions written, each with the flushes that came before it.
 
-    written: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    Of two versions of a block the later one has the higher number.
+    """
+
+    written: dict[int, dict[int, int]] = field(default_factory=dict)
     acknowledged: dict[int, int] = field(default_factory=dict)
     """The version that a read has to show at least."""
     flushed: dict[int, int] = field(default_factory=dict)
@@ -59,27 +63,36 @@ class Promise:
 
     def check(self, image: bytes, *, least: dict[int, int], ordered: bool) -> None:
         """`image` shows every block whole, nothing older than `least`, and a prefix of epochs."""
-        shown = {block: version(image, block) for block in range(BLOCKS)}
-        for block, found in shown.items():
-            known = [0, *(number for number, _ in self.written.get(block, ()))]
-            assert found in known, f"block {block}: {found} was never written there"
-            wanted = least.get(block, 0)
-            assert known.index(found) >= known.index(wanted), (
-                f"block {block}: version {found} is older than {wanted}"
+        shown = [version(image, block) for block in range(BLOCKS)]
+        for block, found in enumerate(shown):
+            assert not found or found in self.written.get(block, ()), (
+                f"block {block}: {found} was never written there"
             )
+            wanted = least.get(block, 0)
+            assert found >= wanted, f"block {block}: version {found} is older than {wanted}"
         if not ordered:
             return
         seen = max(
-            (dict(self.written[block])[found] for block, found in shown.items() if found),
-            default=0,
+            (self.written[block][found] for block, found in enumerate(shown) if found), default=0
         )
         for block, versions in self.written.items():
-            known = [0, *(number for number, _ in versions)]
-            due = [number for number in known[1:] if self.covered_by.get(number, seen + 1) <= seen]
-            assert known.index(shown[block]) >= known.index(max(due, default=0)), (
-                f"block {block} shows {shown[block]} and not {max(due)}, which was flushed before"
-                f" something else that is visible was written"
-            )
+            for number in reversed(versions):
+                if number <= shown[block]:
+                    break
+                assert self.covered_by.get(number, seen + 1) > seen, (
+                    f"block {block} shows {shown[block]} and not {number}, which was flushed before"
+                    f" something else that is visible was written"
+                )
+
+    def as_now(self) -> "Promise":
+        """A copy, which later writes do not change."""
+        return Promise(
+            {block: dict(versions) for block, versions in self.written.items()},
+            dict(self.acknowledged),
+            dict(self.flushed),
+            self.flushes,
+            dict(self.covered_by),
+        )
 
 
 @dataclass
@@ -132,7 +145,7 @@ class Recorder:
 
     def now(self) -> Moment:
         return Moment(
-            copy.deepcopy(self.promise),
+            self.promise.as_now(),
             _files(self._folder),
             dict(self._durable),
             self._memory.peek(0, GEOMETRY.size_bytes),
@@ -219,7 +232,7 @@ class Writer:
         self._rng = rng
         self._busy: set[int] = set()
         self._number = max(
-            (number for versions in promise.written.values() for number, _ in versions), default=0
+            (number for versions in promise.written.values() for number in versions), default=0
         )
 
     async def run(self, steps: int) -> None:
@@ -243,7 +256,7 @@ class Writer:
         self._number += 1
         number = self._number
         for block in blocks:
-            promise.written.setdefault(block, []).append((number, promise.flushes))
+            promise.written.setdefault(block, {})[number] = promise.flushes
         content = b"".join(stamp(number, block) for block in blocks)
         await self._log.write(start * BLOCK, content, fua=rng.random() < 0.05)
         for block in blocks:
@@ -267,8 +280,13 @@ def stamp(number: int, block: int) -> bytes:
 
 
 def version(image: bytes, block: int) -> int:
-    content = image[block * BLOCK : (block + 1) * BLOCK]
-    if not any(content):
+    return _version(bytes(image[block * BLOCK : (block + 1) * BLOCK]), block)
+
+
+# From one step to the next hardly a block changes.
+@lru_cache(maxsize=64 * BLOCKS)
+def _version(content: bytes, block: int) -> int:
+    if content == bytes(BLOCK):
         return 0
     number = int.from_bytes(content[:8], "little")
     assert content == stamp(number, block), f"block {block} is torn, or another block's"

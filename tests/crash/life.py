@@ -115,7 +115,7 @@ def read_reports(reports: Path, promise: Promise) -> int:
             number, start, count = values
             spans[number] = range(start, start + count)
             for block in spans[number]:
-                promise.written.setdefault(block, []).append((number, promise.flushes))
+                promise.written.setdefault(block, {})[number] = promise.flushes
         elif word == "wrote":
             for block in spans[values[0]]:
                 promise.acknowledged[block] = values[0]

@@ -101,7 +101,7 @@ class Host:
         self.promise = Promise()
         for block in range(BLOCKS):
             if number := version(image, block):
-                self.promise.written[block] = [(number, 0)]
+                self.promise.written[block] = {number: 0}
                 self.promise.acknowledged[block] = self.promise.flushed[block] = number
 
     @property

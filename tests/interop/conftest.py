@@ -1,6 +1,7 @@
 """Targets to mount: tgt, istgt and the embedded one, each with ports and files of its own."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,3 +141,14 @@ def proxied_disk(tgt_disk: TgtDisk) -> Iterator[tuple[TgtDisk, TcpProxy, str]]:
     """A disk of tgt behind a network that can be made to fail, and its URL through that network."""
     with TcpProxy("127.0.0.1", tgt_disk.port) as proxy:
         yield tgt_disk, proxy, proxy.url(tgt_disk.iqn, tgt_disk.lun)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> list[Path]:
+    """Three key files: a passphrase, one with a newline, one with every byte."""
+    contents = (b"correct horse", b"battery\nstaple\n", random.Random(1).randbytes(3000))
+    paths = [tmp_path / f"key{number}" for number in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.touch(mode=0o600)
+        path.write_bytes(content)
+    return paths

@@ -15,8 +15,8 @@ import pytest
 
 from orion_iscsifs.testing.programs import wait_until
 from tests.interop.conftest import MEBIBYTE, Disk, TgtDisk
+from tests.interop.luks import CHEAP_PBKDF2
 from tests.interop.product import Product, abandon, alive, pattern, put
-from tests.interop.test_luks import CHEAP_PBKDF2
 from tests.interop.test_sealing import found_on_disk
 from tests.interop.tiered import (
     options,

@@ -164,8 +164,11 @@ async def test_a_target_that_stops_takes_no_session_that_was_waiting() -> None:
 # -- connections -----------------------------------------------------------------------------------
 
 
-async def test_two_logins_for_one_cid_leave_one_connection() -> None:
-    """The second comes while the first waits for the commands of their predecessor (§6.3.4)."""
+async def test_of_two_logins_for_one_cid_the_newer_gets_in() -> None:
+    """The second comes while the first waits for the commands of their predecessor (§6.3.4).
+
+    Neither is answered before those have ended, and then only the second.
+    """
     async with (
         SlowDisk() as disk,
         serve([config(disk)], limits=LIMITS) as running,
@@ -176,22 +179,45 @@ async def test_two_logins_for_one_cid_leave_one_connection() -> None:
         await two.send(two.command(WRITE, write=512, data=DATA))
         await eventually(lambda: disk.entered)
         session = running.sessions[0]
-        orphans: list[bool] = []
+        nursery.start_soon(_refused_join, running, one)
+        await eventually(lambda: session.joining == 1)
+        answered = trio.Event()
 
-        async def join() -> None:
+        async def join_again() -> None:
             async with joined(running, one, 1, offer=MANY) as client:
+                assert bytes(disk.view[:512]) == DATA, "the old command has ended"
+                answered.set()
                 await ordered(client)
-                orphans.append(await client.closed())
+                assert len(session.live) == 2
+                session.kill()
+                assert await client.closed()
 
-        nursery.start_soon(join)
-        await eventually(lambda: session.joining)
-        nursery.start_soon(join)
-        await trio.sleep(0.5)
+        nursery.start_soon(join_again)
+        await eventually(lambda: session.joining == 2)
+        assert not answered.is_set()
         disk.gate.set()
-        await eventually(lambda: len(orphans) == 1)
-        session.kill()
-        await eventually(lambda: len(orphans) == 2)
-        assert orphans == [True, True]
+        with trio.fail_after(30):
+            await answered.wait()
+
+
+async def test_a_login_waits_for_commands_that_an_earlier_one_did_not_wait_for() -> None:
+    """The first gives up; the commands of its predecessor are not forgotten with it."""
+    limits = replace(LIMITS, login_timeout_s=1)
+    async with (
+        SlowDisk() as disk,
+        serve([config(disk)], limits=limits) as running,
+        logged_in(running, offer=MANY) as one,
+        joined(running, one, 1, offer=MANY) as two,
+    ):
+        await two.send(two.command(WRITE, write=512, data=DATA))
+        await eventually(lambda: disk.entered)
+        await _refused_join(running, one)
+        await _refused_join(running, one)
+        disk.gate.set()
+        async with joined(running, one, 1, offer=MANY) as client:
+            assert bytes(disk.view[:512]) == DATA
+            await ordered(client)
+        assert not running.sessions[0].ending
 
 
 async def test_a_login_that_gives_up_does_not_keep_the_session_alive() -> None:
