@@ -29,6 +29,7 @@ from orion_iscsifs.testing.memory import MemoryDevice
 BLOCK = 512
 BLOCKS = 256
 PAGE = 4096
+DELAYS_S = (0, 0.001, 0.01, 0.05)
 GEOMETRY = Geometry(
     size_bytes=BLOCK * BLOCKS, discard_granularity_bytes=4096, optimal_transfer_bytes=16 << 10
 )
@@ -194,8 +195,28 @@ class Recorder:
         for layer in (device, device._device):
             assert isinstance(layer, FaultyDevice)
             for kind in ("write", "flush", "zero", "read"):
-                layer.delay(kind, lambda: rng.choice((0, 0.001, 0.01, 0.05)))
+                layer.delay(kind, lambda: rng.choice(DELAYS_S))
         return device
+
+
+@contextmanager
+def timed_threads(rng: random.Random) -> Iterator[None]:
+    """What threads do is done at one instant of virtual time, with a pause before and after it.
+
+    Real ones would take no virtual time, or all of it: the clock runs on while they work.
+    """
+
+    async def run_sync(function: Callable[..., Any], *args: Any) -> Any:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            await trio.sleep(rng.choice(DELAYS_S))
+            try:
+                return function(*args)
+            finally:
+                await trio.sleep(rng.choice(DELAYS_S))
+
+    with patch.object(trio.to_thread, "run_sync", run_sync):
+        yield
 
 
 class Stepping:

@@ -21,6 +21,7 @@ from tests.cache.crashes import (
     Recorder,
     Stepping,
     Writer,
+    timed_threads,
 )
 from tests.cache.logs import KIB, Size, logged
 
@@ -111,9 +112,10 @@ async def test_what_was_promised_is_there(
     monkeypatch.setattr(logdestage, "WORKERS", rng.choice((1, 3, 16)))
     memory = MemoryDevice(geometry=GEOMETRY, volatile_cache=True)
     promise = Promise()
-    moments = await a_life(memory_path / "log", memory, promise, rng, ordered=ordered, key=key)
-    for number, moment in enumerate(moments):
-        for crash in Crash:
-            left = memory_path / f"{number}-{crash.name}"
-            await check(moment, crash, left, rng, ordered=ordered, key=key)
+    with timed_threads(rng):
+        moments = await a_life(memory_path / "log", memory, promise, rng, ordered=ordered, key=key)
+        for number, moment in enumerate(moments):
+            for crash in Crash:
+                left = memory_path / f"{number}-{crash.name}"
+                await check(moment, crash, left, rng, ordered=ordered, key=key)
     assert moments
