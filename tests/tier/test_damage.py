@@ -3,9 +3,11 @@
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from struct import Struct
+from unittest.mock import patch
 
 import crc32c
 import pytest
@@ -17,8 +19,9 @@ from orion_iscsifs.localstore.seal import Seal
 from orion_iscsifs.localstore.superblock import NAMES
 from orion_iscsifs.testing.memory import MemoryDevice
 from orion_iscsifs.tier import journal, record
+from orion_iscsifs.tier.segments import SegmentFiles
 from orion_iscsifs.tier.store import TierStore
-from orion_iscsifs.tier.superblock import TierError
+from orion_iscsifs.tier.superblock import TierError, TierSuperblock
 from tests.tier.tiers import KIB, MIB, Size, opened, read, settle, tiered
 
 SIZE = 2 * MIB
@@ -137,15 +140,23 @@ async def test_a_bad_record_that_can_not_be_noted_yet(memory_path: Path) -> None
     async with tiered(folder, memory, size=SMALL, sealed=True) as tier:
         await read(tier, FRAME, FRAME)
     flip(segments(folder)[0], 8 * (START + 1000))
-    async with tiered(folder, memory, size=SMALL, sealed=True) as tier:
-        # No segment can have been made ahead yet: there was no turn for it.
-        assert not tier.store.has_room(1)
-        for _ in range(3):
-            assert await read(tier, FRAME, FRAME) == memory.peek(FRAME, FRAME)
-        assert tier.statistics.bad_records == 1
-        with trio.fail_after(30):
-            while not tier.statistics.invalidations:
-                await trio.sleep(0.01)
+    make_segment, may_be_made = SegmentFiles.make, threading.Event()
+
+    def held_make(files: SegmentFiles, block: TierSuperblock, number: int, salt: bytes) -> int:
+        may_be_made.wait(30)
+        return make_segment(files, block, number, salt)
+
+    with patch.object(SegmentFiles, "make", held_make):
+        async with tiered(folder, memory, size=SMALL, sealed=True) as tier:
+            assert not tier.store.has_room(1)
+            for _ in range(3):
+                assert await read(tier, FRAME, FRAME) == memory.peek(FRAME, FRAME)
+            assert tier.statistics.bad_records == 1
+            assert not tier.statistics.invalidations
+            may_be_made.set()
+            with trio.fail_after(30):
+                while not tier.statistics.invalidations:
+                    await trio.sleep(0.01)
     _, hit = await shows_the_device(folder, memory, sealed=True)
     assert hit == 0
 
