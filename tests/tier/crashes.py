@@ -94,7 +94,8 @@ class Truth:
             history = self._history.get(block, [])
             current = self.memory.peek(offset + at, BLOCK)
             since = [version for when, version in history if when >= began]
-            assert shown in (current, *since), (
+            is_known = shown in (current, *since)
+            assert is_known, (
                 f"block {block} is not what the device has, nor what it had during the read"
             )
 
