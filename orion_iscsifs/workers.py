@@ -15,6 +15,14 @@ from typing import Final
 
 import trio
 
+SHARERS_MAX: Final = 4
+
+
+def threads_to_share() -> int:
+    """How many may share one piece of work that needs no interpreter: half of the processors."""
+    return min(max(len(os.sched_getaffinity(0)) // 2, 1), SHARERS_MAX)
+
+
 Done = Callable[[Exception | None], None]
 
 

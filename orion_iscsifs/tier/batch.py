@@ -21,9 +21,8 @@ from orion_iscsifs.tier.packed import pack_all
 from orion_iscsifs.tier.reading import RecordReader
 from orion_iscsifs.tier.record import Header
 from orion_iscsifs.tier.seals import SegmentSeals
+from orion_iscsifs.workers import threads_to_share
 
-COMPRESS_THREADS_MAX: Final = 4
-"""At most half of the processors: what comes faster than it is compressed is not kept."""
 _PAD: Final = bytes(record.ALIGN_BYTES)
 
 
@@ -80,7 +79,7 @@ class BatchWriter:
         self._reader = reader
         self._seals = seals
         self._compressors: dict[int, zstandard.ZstdCompressor] = {}
-        self._threads = min(max(len(os.sched_getaffinity(0)) // 2, 1), COMPRESS_THREADS_MAX)
+        self._threads = threads_to_share()
 
     def run(self, job: Job) -> None:
         """Blocks; raises OSError."""

@@ -30,6 +30,7 @@ from orion_iscsifs.tier.reading import (
     lay_zeroes,
 )
 from orion_iscsifs.tier.record import BadRecord
+from orion_iscsifs.workers import threads_to_share
 
 RUN_MAX_BYTES: Final = 1 << 20
 """Of neighbours that are read together."""
@@ -95,6 +96,7 @@ class Fetcher:
 
     def __init__(self, reader: RecordReader) -> None:
         self._reader = reader
+        self._threads = threads_to_share()
         self._local = threading.local()
 
     def fetch(self, requests: Iterable[Request], descriptors: Mapping[int, int]) -> None:
@@ -152,7 +154,7 @@ class Fetcher:
             for _, _, packed, copies in ready
             for number in lacking_for(packed, copies)
         }
-        bad = unpack_all(wanted, self._reader.decompressor())
+        bad = unpack_all(wanted, self._reader.decompressor(), threads=self._threads)
         for piece, _, packed, _ in ready:
             if packed in bad:
                 piece.problem = BadRecord("a payload that can't be decompressed")

@@ -24,6 +24,8 @@ PART_BYTES: Final = 16 << 10
 """16 KiB compress to 3 % more than 64 KiB do (of programs), and cost a third to read from."""
 SAVED_SHARE_MIN: Final = 8
 """Less than one such part saved (12.5 %): stored as it is, and read without work."""
+MANY_PARTS: Final = 32
+"""So many are worth the start of threads."""
 _LENGTHS: Final = tuple(Struct(f"<{count}H") for count in range(FRAME_BYTES // PART_BYTES + 1))
 
 
@@ -131,11 +133,14 @@ def _joined(content: bytes, parts: list[Buffer]) -> tuple[int, Buffer]:
 
 
 def unpack_all(
-    wanted: Iterable[tuple[Packed, int]], decompressor: zstandard.ZstdDecompressor
+    wanted: Iterable[tuple[Packed, int]],
+    decompressor: zstandard.ZstdDecompressor,
+    *,
+    threads: int = 1,
 ) -> list[Packed]:
     """Unpack these parts, all in one call; those records that are damaged.
 
-    A decompressor serves one thread at a time.
+    A decompressor serves one thread at a time. `threads`: that share the work, if it is much.
     """
     bad: list[Packed] = []
     good: list[tuple[Packed, int, Buffer]] = []
@@ -146,7 +151,10 @@ def unpack_all(
             bad.append(packed)
     if len(good) > 1:
         try:
-            found = decompressor.multi_decompress_to_buffer([part for _, _, part in good])
+            found = decompressor.multi_decompress_to_buffer(
+                [part for _, _, part in good],
+                threads=threads if threads > 1 and len(good) >= MANY_PARTS else 0,
+            )
         except (zstandard.ZstdError, ValueError):
             pass  # one of them is damaged: which one shows below
         else:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orion_iscsifs.block.pages import FRAME_BYTES, PAGE_BYTES
 from orion_iscsifs.tier import record
-from orion_iscsifs.tier.packed import PART_BYTES, Packed, pack_all, unpack, unpack_all
+from orion_iscsifs.tier.packed import MANY_PARTS, PART_BYTES, Packed, pack_all, unpack, unpack_all
 from orion_iscsifs.tier.record import BadRecord
 
 NOISE = random.Random(1).randbytes(FRAME_BYTES)
@@ -32,9 +32,21 @@ class Counting:
         self.parts += 1
         return self._real.decompress(part)
 
-    def multi_decompress_to_buffer(self, parts: list[bytes | bytearray | memoryview]) -> object:
+    def multi_decompress_to_buffer(
+        self, parts: list[bytes | bytearray | memoryview], threads: int
+    ) -> object:
         self.parts += len(parts)
-        return self._real.multi_decompress_to_buffer(parts)
+        return self._real.multi_decompress_to_buffer(parts, threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_at_once(threads: int) -> None:
+    records = [packed_of(TEXT) for _ in range(MANY_PARTS)]
+    wanted = [(packed, at) for packed in records for at in packed.lacking(0, FRAME_BYTES)]
+    assert len(wanted) > MANY_PARTS
+    decompressor = zstandard.ZstdDecompressor()
+    assert not unpack_all(wanted, decompressor, threads=threads)
+    assert all(unpack(packed, decompressor) == TEXT for packed in records)
 
 
 @given(st.integers(1, 16), st.randoms(use_true_random=False))
@@ -98,15 +110,17 @@ def test_all_in_one_call_is_each_by_itself(level: int, threads: int) -> None:
     assert together == [(codec, bytes(payload)) for codec, payload in alone]
 
 
-def test_damage_among_others_is_found_and_costs_only_itself() -> None:
-    records = [packed_of(TEXT) for _ in range(5)]
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [5, 20])
+def test_damage_among_others_is_found_and_costs_only_itself(count: int, threads: int) -> None:
+    records = [packed_of(TEXT) for _ in range(count)]
     ((_, payload),) = pack_all([TEXT], zstandard.ZstdCompressor())
     broken = bytearray(payload)
     broken[-6:] = bytes(6)
     records[1] = Packed(record.ZSTD, broken, FRAME_BYTES)
     wanted = [(packed, at) for packed in records for at in packed.lacking(0, FRAME_BYTES)]
     decompressor = zstandard.ZstdDecompressor()
-    bad = unpack_all(wanted, decompressor)
+    bad = unpack_all(wanted, decompressor, threads=threads)
     assert set(bad) == {records[1]}
     for packed in (records[0], *records[2:]):
         assert not packed.lacking(0, FRAME_BYTES)
