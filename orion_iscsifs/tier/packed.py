@@ -149,24 +149,35 @@ def unpack_all(
             good.append((packed, number, packed.stored(number)))
         except BadRecord:
             bad.append(packed)
-    if len(good) > 1:
+    contents = _decompressed([part for _, _, part in good], decompressor, threads)
+    for (packed, number, _), content in zip(good, contents, strict=True):
         try:
-            found = decompressor.multi_decompress_to_buffer(
-                [part for _, _, part in good],
-                threads=threads if threads > 1 and len(good) >= MANY_PARTS else 0,
-            )
+            packed.unpacked(number, content)
+        except BadRecord:
+            bad.append(packed)
+    return bad
+
+
+def _decompressed(
+    parts: list[Buffer], decompressor: zstandard.ZstdDecompressor, threads: int
+) -> list[Buffer]:
+    """Nothing for a part that is damaged."""
+    if len(parts) > 1:
+        sharing = threads if threads > 1 and len(parts) >= MANY_PARTS else 0
+        try:
+            found = decompressor.multi_decompress_to_buffer(parts, threads=sharing)
         except (zstandard.ZstdError, ValueError):
             pass  # one of them is damaged: which one shows below
         else:
-            for at, (packed, number, _) in enumerate(good):
-                packed.unpacked(number, _view(found[at]))
-            return bad
-    for packed, number, part in good:
-        try:
-            packed.unpacked(number, decompressor.decompress(part))
-        except (zstandard.ZstdError, BadRecord):
-            bad.append(packed)
-    return bad
+            return [_view(found[at]) for at in range(len(parts))]
+    return [_tried(part, decompressor) for part in parts]
+
+
+def _tried(part: Buffer, decompressor: zstandard.ZstdDecompressor) -> Buffer:
+    try:
+        return decompressor.decompress(part)
+    except zstandard.ZstdError:
+        return b""
 
 
 def unpack(packed: Packed, decompressor: zstandard.ZstdDecompressor) -> bytes:
