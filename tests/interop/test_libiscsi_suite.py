@@ -82,11 +82,6 @@ WRITABLE: Final = ("512", "512e", "4096")
 TIMEOUT_S: Final = 100
 
 
-def in_one_process(lun: str) -> pytest.MarkDecorator:
-    """One run of the suite has the verdicts of all tests of a LUN."""
-    return pytest.mark.xdist_group(f"libiscsi {lun}")
-
-
 class Verdict(enum.Enum):
     PASSED = enum.auto()
     SKIPPED = enum.auto()
@@ -225,25 +220,22 @@ def test_the_table_is_complete() -> None:
 
 
 @pytest.mark.parametrize("family", CLAIMED)
-@pytest.mark.parametrize("lun", [pytest.param(lun, marks=in_one_process(lun)) for lun in WRITABLE])
+@pytest.mark.parametrize("lun", WRITABLE)
 def test_family(suite: Suite, lun: str, family: str) -> None:
     check(lun, family, suite.everything(lun)[family])
 
 
-@in_one_process("512")
 @pytest.mark.parametrize("family", [name for name in SKIPPED if "." not in name])
 def test_family_that_is_not_claimed(suite: Suite, family: str) -> None:
     """It skips itself: nothing of it is half there. A family that runs belongs into `CLAIMED`."""
     check("512", family, suite.everything("512")[family])
 
 
-@in_one_process("512")
 def test_two_paths(suite: Suite) -> None:
     """Two sessions through two portals, in two portal groups."""
     check("512", "MultipathIO", suite.everything("512")["MultipathIO"])
 
 
-@in_one_process("read-only")
 @pytest.mark.parametrize("family", READ_ONLY)
 def test_write_protected(suite: Suite, family: str) -> None:
     check("read-only", family, suite.run("read-only", f"SCSI.{family}")[family])

@@ -12,11 +12,7 @@ from orion_iscsifs.testing.programs import run
 from tests.interop.conftest import LUN_BYTES, MEBIBYTE, TgtDisk
 from tests.interop.product import Product, abandon, alive, is_mounted, mount_entry, pattern, put
 
-pytestmark = [
-    pytest.mark.fuse,
-    pytest.mark.interop("tgtd", "tgtadm"),
-    pytest.mark.xdist_group("/sbin"),
-]
+pytestmark = [pytest.mark.fuse, pytest.mark.interop("tgtd", "tgtadm")]
 
 HELPERS = (
     "mount.orion-iscsifs",

@@ -7,12 +7,7 @@ import pytest
 from tests.interop.conftest import TgtDisk
 from tests.interop.product import Product, abandon
 
-pytestmark = [
-    pytest.mark.fuse,
-    pytest.mark.interop("tgtd", "tgtadm"),
-    # tgtadm gets the secret as a word, which another test must not see.
-    pytest.mark.xdist_group("secrets"),
-]
+pytestmark = [pytest.mark.fuse, pytest.mark.interop("tgtd", "tgtadm")]
 
 SECRET = "s3cret-of-mine"
 
