@@ -108,8 +108,9 @@ async def test_what_was_promised_is_there(
 ) -> None:
     rng = random.Random(seed)
     key = b"a passphrase" if seed % 3 == 2 else None
-    # Few requests go with FUA, more of them with a flush behind them: both are wanted.
     monkeypatch.setattr(logdestage, "WORKERS", rng.choice((1, 3, 16)))
+    # So many requests go with FUA, more of them with a flush behind them: both are wanted.
+    monkeypatch.setattr(logdestage, "FUA_REQUESTS_MAX", rng.choice((0, 3, 16)))
     memory = MemoryDevice(geometry=GEOMETRY, volatile_cache=True)
     promise = Promise()
     with timed_threads(rng):
